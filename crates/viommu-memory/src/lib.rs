@@ -1,0 +1,2 @@
+//! An endpoint's view of guest memory.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Histories of IOMMU mappings.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! VFIO consumers.
+#![forbid(unsafe_code)]

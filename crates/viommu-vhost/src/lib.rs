@@ -1,0 +1,2 @@
+//! vhost consumers.
+#![forbid(unsafe_code)]

@@ -1,0 +1,178 @@
+//! Reader slots: who is inside, told apart by a sequence number.
+//!
+//! One word a reader: sequence, WAIT, INSIDE. Both ends of a guard are one read-modify-write. It is a Dekker pair:
+//! the reader says "inside" and then reads the table; the writer changes the table and then reads the slots.
+
+use core::task::Waker;
+use std::cell::Cell;
+
+use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence, lock, thread_local};
+
+const INSIDE: u64 = 1;
+/// Set by a waiter, only on a word that is INSIDE; the leaver sees it in its swap.
+const WAIT: u64 = 2;
+const STEP: u64 = 4;
+
+thread_local! {
+    /// Guards that this thread holds, of any endpoint.
+    static HELD: Cell<u32> = Cell::new(0);
+}
+
+/// Whether this thread holds a guard of any endpoint.
+pub(crate) fn thread_holds_a_guard() -> bool {
+    HELD.with(Cell::get) != 0
+}
+
+/// The word of one reader. On a line of its own: the reader writes it at every batch.
+#[repr(align(128))]
+pub(crate) struct Slot {
+    state: AtomicU64,
+    waiters: Mutex<Vec<Waker>>,
+    /// Who reads, for reports of what blocks a completion.
+    pub(crate) label: Box<str>,
+    /// The endpoint's raw id, for the same reports.
+    pub(crate) endpoint: u64,
+}
+
+/// The owner's end of a slot. `enter` takes `&mut`, so guards of one reader never nest.
+pub(crate) struct Entry {
+    slot: Arc<Slot>,
+    seq: u64,
+}
+
+impl Entry {
+    pub(crate) fn new(label: &str, endpoint: u64) -> Self {
+        let slot =
+            Slot { state: AtomicU64::new(0), waiters: Mutex::new(Vec::new()), label: label.into(), endpoint };
+        Self { slot: Arc::new(slot), seq: 0 }
+    }
+
+    pub(crate) fn slot(&self) -> &Arc<Slot> {
+        &self.slot
+    }
+
+    /// Goes inside. Every word of the table read until [`Entry::leave`] is protected.
+    #[inline(always)]
+    pub(crate) fn enter(&mut self) {
+        self.seq = self.seq.wrapping_add(STEP);
+        // A swap, not a store: a guard that was leaked may have left INSIDE|WAIT behind.
+        #[cfg(all(target_arch = "x86_64", not(loom)))]
+        let old = {
+            // The locked swap is a full barrier, and cheaper than a fence behind a relaxed one.
+            let old = self.slot.state.swap(self.seq | INSIDE, Ordering::SeqCst);
+            std::sync::atomic::compiler_fence(Ordering::SeqCst);
+            old
+        };
+        #[cfg(not(all(target_arch = "x86_64", not(loom))))]
+        let old = {
+            let old = self.slot.state.swap(self.seq | INSIDE, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            old
+        };
+        if old & WAIT != 0 {
+            self.slot.wake();
+        }
+        HELD.with(|held| held.set(held.get().wrapping_add(1)));
+    }
+
+    /// Leaves; wakes who waits for this stay.
+    #[inline(always)]
+    pub(crate) fn leave(&mut self) {
+        HELD.with(|held| held.set(held.get().wrapping_sub(1)));
+        // Release: my accesses come before whoever sees me gone. Acquire: pairs with a waiter's registration.
+        if self.slot.state.swap(self.seq, Ordering::AcqRel) & WAIT != 0 {
+            self.slot.wake();
+        }
+    }
+}
+
+impl Drop for Entry {
+    /// A leaked guard may have left INSIDE behind: it borrowed nothing that outlives this.
+    fn drop(&mut self) {
+        self.seq = self.seq.wrapping_add(STEP);
+        if self.slot.state.swap(self.seq, Ordering::AcqRel) & WAIT != 0 {
+            self.slot.wake();
+        }
+    }
+}
+
+impl Slot {
+    #[cold]
+    fn wake(&self) {
+        let waiting = core::mem::take(&mut *lock(&self.waiters));
+        waiting.into_iter().for_each(Waker::wake); // outside the lock
+    }
+
+    /// The stay that is going on now, if any.
+    #[inline(always)]
+    pub(crate) fn stay(&self) -> Option<Stay> {
+        let word = self.state.load(Ordering::Acquire) & !WAIT;
+        (word & INSIDE != 0).then_some(Stay(word))
+    }
+
+    /// Whether `stay` has ended.
+    #[inline(always)]
+    pub(crate) fn is_over(&self, stay: Stay) -> bool {
+        self.state.load(Ordering::Acquire) & !WAIT != stay.0
+    }
+
+    /// Asks to be woken when `stay` ends; `false` when it has ended already (nothing is registered then).
+    pub(crate) fn wake_after(&self, stay: Stay, waker: &Waker) -> bool {
+        let mut waiters = lock(&self.waiters); // held over the exchange: the leaver's wake comes after the push
+        let mut word = stay.0;
+        loop {
+            match self.state.compare_exchange(word, stay.0 | WAIT, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => break,
+                Err(now) if now & !WAIT != stay.0 => return false,
+                Err(now) => word = now,
+            }
+        }
+        if !waiters.iter().any(|w| w.will_wake(waker)) {
+            waiters.push(waker.clone());
+        }
+        true
+    }
+}
+
+/// One stay of one reader inside its slot. A reader that enters again makes another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Stay(u64);
+
+/// The stays that were going on when the slots were read.
+#[derive(Default)]
+pub(crate) struct Grace {
+    pub(crate) pending: Vec<(Arc<Slot>, Stay)>,
+}
+
+impl Grace {
+    /// Reads `slots` once. To be called after what must not be seen any more has been published.
+    #[inline]
+    pub(crate) fn begin<'a>(slots: impl Iterator<Item = &'a Arc<Slot>>) -> Self {
+        fence(Ordering::SeqCst);
+        let mut grace = Self::default();
+        for slot in slots {
+            if let Some(stay) = slot.stay() {
+                grace.pending.push((slot.clone(), stay));
+            }
+        }
+        grace
+    }
+
+    /// Whether all of them have ended.
+    #[inline]
+    pub(crate) fn is_over(&mut self) -> bool {
+        self.pending.retain(|(slot, stay)| !slot.is_over(*stay));
+        self.pending.is_empty()
+    }
+
+    /// Whether all of them have ended; if not, `waker` is woken when one has that is still awaited.
+    pub(crate) fn poll(&mut self, waker: &Waker) -> bool {
+        while let Some((slot, stay)) = self.pending.last() {
+            if slot.wake_after(*stay, waker) {
+                return false;
+            }
+            self.pending.pop();
+        }
+        true
+    }
+}

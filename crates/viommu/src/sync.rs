@@ -1,0 +1,47 @@
+//! The synchronisation that the crate is written against: std's, or a model checker's stand-ins for it.
+
+#[cfg(not(any(loom, shuttle)))]
+pub(crate) use std::{
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
+    },
+    thread_local,
+};
+
+#[cfg(loom)]
+pub(crate) use loom::{
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
+    },
+    thread_local,
+};
+
+#[cfg(shuttle)]
+pub(crate) use shuttle::{
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
+    },
+    thread_local,
+};
+
+/// Locks, and says what a poisoned lock means here.
+///
+/// Only a subscriber's own code can panic under a lock of the core. What it did half-way is unknown, so going on
+/// would be to trust a record that may be wrong.
+#[inline]
+#[track_caller]
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    match mutex.lock() {
+        Ok(guard) => guard,
+        Err(_) => poisoned(),
+    }
+}
+
+#[cold]
+#[track_caller]
+fn poisoned() -> ! {
+    panic!("a subscriber panicked inside a step: the record can no longer be trusted")
+}
