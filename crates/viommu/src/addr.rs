@@ -78,10 +78,17 @@ address! {
 /// An inclusive, never empty range of addresses.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(try_from = "(A, A)", into = "(A, A)", bound(
-    serialize = "A: Address + serde::Serialize",
-    deserialize = "A: Address + serde::Deserialize<'de>"
-)))]
+#[cfg_attr(
+    feature = "serde",
+    serde(
+        try_from = "(A, A)",
+        into = "(A, A)",
+        bound(
+            serialize = "A: Address + serde::Serialize",
+            deserialize = "A: Address + serde::Deserialize<'de>"
+        )
+    )
+)]
 pub struct Span<A: Address> {
     start: A,
     last: A,
@@ -91,6 +98,16 @@ pub struct Span<A: Address> {
 pub type IovaRange = Span<Iova>;
 /// A range of guest physical addresses.
 pub type GpaRange = Span<Gpa>;
+
+impl IovaRange {
+    /// Every I/O virtual address: `[0, 2^64-1]`.
+    pub const ALL: Self = Self { start: Iova(0), last: Iova(u64::MAX) };
+}
+
+impl GpaRange {
+    /// Every guest physical address: `[0, 2^64-1]`.
+    pub const ALL: Self = Self { start: Gpa(0), last: Gpa(u64::MAX) };
+}
 
 /// A range whose last address is below its first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -103,12 +120,6 @@ pub struct EmptyRange {
 }
 
 impl<A: Address> Span<A> {
-    /// Every address there is: `[0, 2^64-1]`.
-    #[must_use]
-    pub fn all() -> Self {
-        Self { start: A::new(0), last: A::new(u64::MAX) }
-    }
-
     /// `[start, last]`, both inclusive; `None` when `last` is below `start`.
     #[inline]
     #[must_use]
@@ -228,7 +239,7 @@ mod tests {
 
     #[test]
     fn all_addresses_are_an_ordinary_range() {
-        let all = IovaRange::all();
+        let all = IovaRange::ALL;
         assert_eq!(all.bytes(), 1 << 64);
         assert_eq!(all.next(), None);
         assert!(all.is_aligned(4096));

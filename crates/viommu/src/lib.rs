@@ -2,9 +2,18 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+pub mod ack;
 pub mod addr;
+pub mod change;
+pub mod endpoint;
 pub mod mapping;
-#[expect(dead_code, reason = "the domain comes next")]
 mod quiesce;
+pub mod subscribe;
 mod sync;
 mod table;
+
+pub use ack::Ack;
+pub use addr::{Gpa, GpaRange, Iova, IovaRange};
+pub use change::Change;
+pub use endpoint::{EndpointId, View};
+pub use mapping::{Access, Mapping, Target};

@@ -40,6 +40,15 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     }
 }
 
+/// As [`lock`], for what is not part of any model-checked protocol.
+#[track_caller]
+pub(crate) fn lock_std<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    match mutex.lock() {
+        Ok(guard) => guard,
+        Err(_) => poisoned(),
+    }
+}
+
 #[cold]
 #[track_caller]
 fn poisoned() -> ! {
