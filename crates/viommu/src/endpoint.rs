@@ -2,6 +2,13 @@
 
 use core::fmt;
 
+use crate::addr::{Iova, IovaRange};
+use crate::backing::Backing;
+use crate::domain::inner::DomainInner;
+use crate::quiesce::slot::Slot;
+use crate::reader::FaultSink;
+use crate::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
+
 /// A DMA master: a requester id (a PCI function's bus, device and function, say), optionally with a PASID.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -23,6 +30,17 @@ impl EndpointId {
     #[must_use]
     pub const fn with_pasid(self, pasid: u32) -> Self {
         Self { pasid: Some(pasid), ..self }
+    }
+
+    /// One word that names it: 0 in the upper half for "no PASID".
+    pub(crate) fn key(self) -> u64 {
+        let pasid = self.pasid.map_or(0, |pasid| u64::from(pasid).wrapping_add(1));
+        pasid << 32 | u64::from(self.requester)
+    }
+
+    pub(crate) fn from_key(key: u64) -> Self {
+        let half = |word: u64| u32::try_from(word & 0xffff_ffff).unwrap_or(u32::MAX);
+        Self { requester: half(key), pasid: half(key >> 32).checked_sub(1) }
     }
 }
 
@@ -51,4 +69,149 @@ pub enum View {
     Identity,
     /// The domain of this number.
     Domain(u32),
+}
+
+/// A region of an endpoint's addresses that no mapping may cover, whatever its view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct Region {
+    /// Where, inclusive.
+    pub range: IovaRange,
+    /// What happens there.
+    pub kind: RegionKind,
+}
+
+/// What happens to an access in a [`Region`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub enum RegionKind {
+    /// It faults.
+    Reserved,
+    /// A write is an interrupt and is not translated; a read faults.
+    Msi,
+}
+
+/// What one endpoint sees at a time: published as a whole.
+pub(crate) struct Sight {
+    pub(crate) endpoint: Option<EndpointId>,
+    pub(crate) domain: Option<Arc<DomainInner>>,
+    pub(crate) backing: Arc<Backing>,
+    /// Ascending, disjoint.
+    pub(crate) regions: Arc<[Region]>,
+    /// The last address of the last region: above it there is nothing to check.
+    pub(crate) regions_last: Option<Iova>,
+    pub(crate) faults: Option<Arc<dyn FaultSink>>,
+    pub(crate) fenced: bool,
+}
+
+/// The part of an endpoint that its readers look at.
+pub(crate) struct EndpointShared {
+    pub(crate) id: Option<EndpointId>,
+    generation: Line<AtomicU64>,
+    sight: Mutex<Arc<Sight>>,
+    /// One change of the sight at a time.
+    publishing: Mutex<()>,
+    /// The slots of its readers.
+    slots: Mutex<Vec<Arc<Slot>>>,
+}
+
+/// On a line of its own: read at every translation, written by an attach.
+#[repr(align(128))]
+struct Line<T>(T);
+
+impl EndpointShared {
+    pub(crate) fn new(id: Option<EndpointId>, sight: Sight) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            generation: Line(AtomicU64::new(1)),
+            sight: Mutex::new(Arc::new(sight)),
+            publishing: Mutex::new(()),
+            slots: Mutex::new(Vec::new()),
+        })
+    }
+
+    #[inline(always)]
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation.0.load(Ordering::Acquire)
+    }
+
+    /// The sight and a generation that is not newer than it.
+    pub(crate) fn sight(&self) -> (u64, Arc<Sight>) {
+        let generation = self.generation();
+        (generation, lock(&self.sight).clone())
+    }
+
+    /// Its readers, those that are gone left out.
+    pub(crate) fn slots(&self) -> Vec<Arc<Slot>> {
+        let mut slots = lock(&self.slots);
+        slots.retain(|slot| !slot.is_closed());
+        slots.clone()
+    }
+
+    /// A new reader.
+    pub(crate) fn add_slot(&self, slot: &Arc<Slot>) {
+        let _one = lock(&self.publishing);
+        if let Some(domain) = &lock(&self.sight).domain {
+            domain.readers.join(slot);
+        }
+        lock(&self.slots).push(slot.clone());
+    }
+
+    /// Publishes a new sight: readers join the new address space before they can see it, and leave the old one after
+    /// they cannot come back. Who is fenced sees nothing, whatever is published.
+    pub(crate) fn publish(&self, change: impl FnOnce(&Sight) -> Sight) {
+        let _one = lock(&self.publishing);
+        let slots = self.slots();
+        let old = lock(&self.sight).clone();
+        let mut new = change(&old);
+        if new.fenced {
+            new.domain = None;
+        }
+        let new = Arc::new(new);
+        let moved = match (&old.domain, &new.domain) {
+            (None, None) => false,
+            (Some(old), Some(new)) => !Arc::ptr_eq(old, new),
+            _ => true,
+        };
+        if let Some(domain) = new.domain.as_ref().filter(|_| moved) {
+            slots.iter().for_each(|slot| domain.readers.join(slot));
+        }
+        *lock(&self.sight) = new;
+        self.generation.0.fetch_add(1, Ordering::Release);
+        if let Some(domain) = old.domain.as_ref().filter(|_| moved) {
+            slots.iter().for_each(|slot| domain.readers.depart(slot));
+        }
+    }
+}
+
+impl Sight {
+    /// The same, with another address space.
+    pub(crate) fn moved_to(&self, domain: Option<Arc<DomainInner>>) -> Self {
+        Self { domain, ..self.copy() }
+    }
+
+    pub(crate) fn copy(&self) -> Self {
+        Self {
+            endpoint: self.endpoint,
+            domain: self.domain.clone(),
+            backing: self.backing.clone(),
+            regions: self.regions.clone(),
+            regions_last: self.regions_last,
+            faults: self.faults.clone(),
+            fenced: self.fenced,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn key_of_an_endpoint_names_it_and_its_pasid() {
+        for id in [EndpointId::new(0), EndpointId::new(u32::MAX), EndpointId::new(7).with_pasid(0)] {
+            assert_eq!(EndpointId::from_key(id.key()), id);
+        }
+        assert_ne!(EndpointId::new(7).key(), EndpointId::new(7).with_pasid(0).key());
+    }
 }

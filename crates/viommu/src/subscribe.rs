@@ -88,6 +88,8 @@ pub struct Reach {
     pub replace: bool,
     /// Whether one unmap may cover several extents and gaps. Without it each extent is unmapped by itself.
     pub wide_unmap: bool,
+    /// Whether [`Mirror::begin`] and [`Mirror::commit`] mean something here; they are not called otherwise.
+    pub batches: bool,
     /// Whether device registers (MMIO) can be mapped. Without it they stay in the record and are not delivered.
     pub mmio: bool,
     /// What becomes of a mapping out of reach where the guest cannot be refused (tables in guest memory).
@@ -113,6 +115,7 @@ impl Default for Reach {
             entries: None,
             replace: false,
             wide_unmap: true,
+            batches: false,
             mmio: false,
             out_of_reach: OutOfReach::Fence,
         }
@@ -227,10 +230,10 @@ pub trait Mirror: Send {
     /// [`Subscription::reach_changed`](crate::Subscription::reach_changed).
     fn reach(&self) -> Reach;
 
-    /// A step begins that changes something here.
+    /// A step begins that changes something here. Called only if [`Reach::batches`] says so.
     fn begin(&mut self) {}
 
-    /// The step's calls are all made. A consumer with batches sends them now.
+    /// The step's calls are all made. A consumer with batches sends them now. Called only if [`Reach::batches`] says so.
     fn commit(&mut self) -> Ack {
         Ack::Done
     }

@@ -6,7 +6,9 @@
 use core::task::Waker;
 use std::cell::Cell;
 
-use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence, lock, thread_local};
+#[cfg(not(all(target_arch = "x86_64", not(loom))))]
+use crate::sync::fence;
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock, thread_local};
 
 const INSIDE: u64 = 1;
 /// Set by a waiter, only on a word that is INSIDE; the leaver sees it in its swap.
@@ -30,8 +32,10 @@ pub(crate) struct Slot {
     waiters: Mutex<Vec<Waker>>,
     /// Who reads, for reports of what blocks a completion.
     pub(crate) label: Box<str>,
-    /// The endpoint's raw id, for the same reports.
+    /// The endpoint's key.
     pub(crate) endpoint: u64,
+    /// The reader is gone.
+    closed: AtomicBool,
 }
 
 /// The owner's end of a slot. `enter` takes `&mut`, so guards of one reader never nest.
@@ -42,8 +46,13 @@ pub(crate) struct Entry {
 
 impl Entry {
     pub(crate) fn new(label: &str, endpoint: u64) -> Self {
-        let slot =
-            Slot { state: AtomicU64::new(0), waiters: Mutex::new(Vec::new()), label: label.into(), endpoint };
+        let slot = Slot {
+            state: AtomicU64::new(0),
+            waiters: Mutex::new(Vec::new()),
+            label: label.into(),
+            endpoint,
+            closed: AtomicBool::new(false),
+        };
         Self { slot: Arc::new(slot), seq: 0 }
     }
 
@@ -93,6 +102,7 @@ impl Drop for Entry {
         if self.slot.state.swap(self.seq, Ordering::AcqRel) & WAIT != 0 {
             self.slot.wake();
         }
+        self.slot.closed.store(true, Ordering::Release);
     }
 }
 
@@ -108,6 +118,12 @@ impl Slot {
     pub(crate) fn stay(&self) -> Option<Stay> {
         let word = self.state.load(Ordering::Acquire) & !WAIT;
         (word & INSIDE != 0).then_some(Stay(word))
+    }
+
+    /// Whether the reader is gone for good.
+    #[inline(always)]
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
     }
 
     /// Whether `stay` has ended.
@@ -145,19 +161,6 @@ pub(crate) struct Grace {
 }
 
 impl Grace {
-    /// Reads `slots` once. To be called after what must not be seen any more has been published.
-    #[inline]
-    pub(crate) fn begin<'a>(slots: impl Iterator<Item = &'a Arc<Slot>>) -> Self {
-        fence(Ordering::SeqCst);
-        let mut grace = Self::default();
-        for slot in slots {
-            if let Some(stay) = slot.stay() {
-                grace.pending.push((slot.clone(), stay));
-            }
-        }
-        grace
-    }
-
     /// Whether all of them have ended.
     #[inline]
     pub(crate) fn is_over(&mut self) -> bool {

@@ -3,8 +3,9 @@
 //! A [`Writer`] (under the domain's lock) changes it and remembers the boundaries of mappings; a [`Table`] is what
 //! readers look into at the same time. `plain` is an ordered map, the reference; `radix` is the one in use.
 
-#[cfg_attr(not(test), expect(dead_code, reason = "until it is the reference of radix only"))]
 pub(crate) mod plain;
+
+pub(crate) use plain::{Arena, Table, Writer};
 
 use crate::addr::Gpa;
 use crate::mapping::{Access, Target};

@@ -1,0 +1,122 @@
+//! What lies at the guest's physical addresses, as the embedder tells it.
+
+use crate::addr::{Gpa, GpaRange};
+
+/// What an extent of guest physical addresses is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub enum Medium {
+    /// Memory that can be read and written.
+    Ram,
+    /// Memory that can only be read: a mirror never gets write access to it, whatever the guest maps.
+    Rom,
+    /// Device registers.
+    Mmio,
+}
+
+/// One extent of backing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Where it lies, inclusive.
+    pub range: GpaRange,
+    /// What it is made of.
+    pub medium: Medium,
+}
+
+/// The extents, ascending and disjoint. Neighbours stay two: a host maps each by itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Backing {
+    extents: Vec<Extent>,
+}
+
+impl Backing {
+    /// Index of the first extent that ends at or after `gpa`.
+    #[inline]
+    fn from(&self, gpa: Gpa) -> usize {
+        self.extents.partition_point(|e| e.range.last() < gpa)
+    }
+
+    /// Adds an extent; `false` (and no change) when it overlaps one.
+    pub(crate) fn add(&mut self, extent: Extent) -> bool {
+        let at = self.from(extent.range.start());
+        if self.extents.get(at).is_some_and(|e| e.range.overlaps(extent.range)) {
+            return false;
+        }
+        self.extents.insert(at, extent);
+        true
+    }
+
+    /// Removes exactly this extent; `None` (and no change) when there is none with these bounds.
+    pub(crate) fn remove(&mut self, range: GpaRange) -> Option<Extent> {
+        let at = self.from(range.start());
+        (self.extents.get(at)?.range == range).then(|| self.extents.remove(at))
+    }
+
+    pub(crate) fn extents(&self) -> &[Extent] {
+        &self.extents
+    }
+
+    /// The extents that touch `range`, ascending.
+    #[inline]
+    pub(crate) fn over(&self, range: GpaRange) -> impl Iterator<Item = &Extent> {
+        self.extents
+            .get(self.from(range.start())..)
+            .unwrap_or_default()
+            .iter()
+            .take_while(move |e| e.range.start() <= range.last())
+    }
+
+    /// The extent that holds `gpa`; `hint` is where the last one was.
+    #[inline]
+    pub(crate) fn at(&self, gpa: Gpa, hint: &core::cell::Cell<usize>) -> Option<&Extent> {
+        match self.extents.get(hint.get()) {
+            Some(e) if e.range.contains(gpa) => Some(e),
+            _ => {
+                let at = self.from(gpa);
+                hint.set(at);
+                self.extents.get(at).filter(|e| e.range.contains(gpa))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ram(start: u64, last: u64) -> Extent {
+        Extent { range: GpaRange::new(Gpa(start), Gpa(last)).unwrap(), medium: Medium::Ram }
+    }
+
+    #[test]
+    fn add_refuses_overlap_and_keeps_order() {
+        let mut b = Backing::default();
+        assert!(b.add(ram(0x4000, 0x4fff)));
+        assert!(b.add(ram(0, 0xfff)));
+        assert!(!b.add(ram(0x800, 0x1fff)));
+        assert!(!b.add(ram(0, u64::MAX)));
+        assert!(b.add(ram(0x5000, u64::MAX)));
+        let starts: Vec<u64> = b.over(GpaRange::ALL).map(|e| e.range.start().0).collect();
+        assert_eq!(starts, [0, 0x4000, 0x5000]);
+    }
+
+    #[test]
+    fn remove_takes_exact_extents_only() {
+        let mut b = Backing::default();
+        b.add(ram(0, 0xfff));
+        assert_eq!(b.remove(GpaRange::new(Gpa(0), Gpa(0x7ff)).unwrap()), None);
+        assert!(b.remove(GpaRange::new(Gpa(0), Gpa(0xfff)).unwrap()).is_some());
+        assert!(b.extents().is_empty());
+    }
+
+    #[test]
+    fn at_finds_with_a_stale_hint() {
+        let mut b = Backing::default();
+        b.add(ram(0, 0xfff));
+        b.add(ram(0x2000, 0x2fff));
+        let hint = core::cell::Cell::new(7);
+        assert_eq!(b.at(Gpa(0x2fff), &hint).unwrap().range.start(), Gpa(0x2000));
+        assert!(b.at(Gpa(0x1000), &hint).is_none());
+        assert_eq!(b.at(Gpa(0), &hint).unwrap().range.start(), Gpa(0));
+    }
+}

@@ -1,0 +1,118 @@
+//! What a mirror may be given of the record: its interest, its reach, and the clipping of identity views.
+
+use crate::addr::{Iova, IovaRange};
+use crate::endpoint::Region;
+use crate::mapping::{Mapping, Target};
+use crate::subscribe::{Interest, OutOfReach, Reach};
+use crate::table::PAGE;
+
+/// From a backed piece of the record to the extents that a mirror must hold of it, in the mirror's addresses.
+#[derive(Clone)]
+pub(crate) struct Lens {
+    pub(crate) interest: Interest,
+    pub(crate) reach: Reach,
+    /// Inside an identity view: the apertures less the reserved regions, in the domain's addresses.
+    clip_to: Option<Vec<IovaRange>>,
+    /// Nothing to clip, nothing to check: every piece of memory goes to the mirror as it is.
+    pub(crate) plain: bool,
+}
+
+impl Lens {
+    pub(crate) fn new(interest: Interest, reach: Reach) -> Self {
+        let mut lens = Self { interest, reach, clip_to: None, plain: false };
+        lens.settle();
+        lens
+    }
+
+    fn settle(&mut self) {
+        self.plain = self.clip_to.is_none()
+            && self.interest.window == IovaRange::ALL
+            && self.interest.offset == 0
+            && self.reach.apertures == [IovaRange::ALL]
+            && self.reach.granule() <= PAGE
+            && self.reach.entries.is_none();
+    }
+
+    pub(crate) fn set_clip(&mut self, clip_to: Option<Vec<IovaRange>>) {
+        self.clip_to = clip_to;
+        self.settle();
+    }
+
+    pub(crate) fn set_reach(&mut self, reach: Reach) {
+        self.reach = reach;
+        self.settle();
+    }
+
+    /// What may be held of an identity view: the apertures less `regions` (ascending), in the domain's addresses.
+    pub(crate) fn identity_clip(&self, regions: &[Region]) -> Vec<IovaRange> {
+        let mut parts: Vec<IovaRange> = Vec::new();
+        for aperture in &self.reach.apertures {
+            let Some(aperture) = self.interest.inward(*aperture) else { continue };
+            let mut at = Some(aperture.start());
+            for region in regions.iter().filter(|r| r.range.overlaps(aperture)) {
+                let before = region.range.start().0.checked_sub(1).map(Iova);
+                parts.extend(at.zip(before).and_then(|(at, last)| IovaRange::new(at, last)));
+                at = region.range.next();
+            }
+            parts.extend(at.and_then(|at| IovaRange::new(at, aperture.last())));
+        }
+        parts
+    }
+
+    /// Appends the extents of `piece`. Unreachable ones included, except in an identity view and where they are
+    /// declared to be left out.
+    pub(crate) fn extents(&self, piece: &Mapping, out: &mut Vec<Mapping>) {
+        if piece.target == Target::Mmio && !self.reach.mmio {
+            return;
+        }
+        if self.plain {
+            out.push(*piece);
+            return;
+        }
+        let Some(clipped) = piece.clip(self.interest.window) else { return };
+        let leave_out = self.reach.out_of_reach == OutOfReach::LeaveOut;
+        let mut push = |m: Mapping| {
+            let extent = Mapping { range: self.interest.outward(m.range), ..m };
+            if !(leave_out && self.reach.refuses(&extent).is_some()) {
+                out.push(extent);
+            }
+        };
+        match &self.clip_to {
+            None => push(clipped),
+            Some(parts) => parts.iter().filter_map(|part| clipped.clip(*part)).for_each(&mut push),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::Gpa;
+    use crate::endpoint::RegionKind;
+    use crate::mapping::Access;
+    use crate::subscribe::Kinds;
+
+    fn range(start: u64, last: u64) -> IovaRange {
+        IovaRange::new(Iova(start), Iova(last)).unwrap()
+    }
+
+    #[test]
+    fn extents_are_clipped_to_the_window_and_moved_by_the_offset() {
+        let interest =
+            Interest::all_of(Kinds::MAP | Kinds::UNMAP).within(range(0x2000, 0x2fff)).with_offset(0x10_0000);
+        let lens = Lens::new(interest, Reach::default());
+        let piece = Mapping::new(Iova(0x1000), 0x3000, Gpa(0x9000), Access::RW).unwrap();
+        let mut out = Vec::new();
+        lens.extents(&piece, &mut out);
+        assert_eq!(out, [Mapping::new(Iova(0x10_2000), 0x1000, Gpa(0xa000), Access::RW).unwrap()]);
+    }
+
+    #[test]
+    fn identity_is_clipped_to_apertures_less_regions() {
+        let reach =
+            Reach { apertures: vec![range(0, 0xfff_ffff), range(0x2000_0000, u64::MAX)], ..Reach::default() };
+        let lens = Lens::new(Interest::MIRROR, reach);
+        let msi = Region { range: range(0x2000_0000, 0x2000_0fff), kind: RegionKind::Msi };
+        assert_eq!(lens.identity_clip(&[msi]), [range(0, 0xfff_ffff), range(0x2000_1000, u64::MAX)]);
+    }
+}

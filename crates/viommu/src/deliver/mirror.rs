@@ -1,0 +1,335 @@
+//! A mirror in its place: what it can hold of the record, and the calls that bring it there.
+
+use crate::ack::Ack;
+use crate::addr::{Iova, IovaRange};
+use crate::deliver::lens::Lens;
+use crate::deliver::{Counts, Sub};
+use crate::domain::dirty::{DirtyLog, note_dirty};
+use crate::mapping::{Mapping, Target};
+use crate::quiesce::completion::Completion;
+use crate::subscribe::{DirtyBitmap, FenceFailed, Interest, Mirror, Refused, Unmapped, Unreachable};
+use crate::sync::Arc;
+
+/// A mirror that hangs on a domain (with its endpoint, or by itself), or that is parked at a blocked endpoint.
+///
+/// It keeps no list of what the mirror holds: that is always what its lens shows of the record.
+pub(crate) struct MirrorSeat {
+    pub(crate) sub: Arc<Sub>,
+    /// What it can be given.
+    pub(crate) lens: Lens,
+    pub(crate) counts: Counts,
+    /// Which binding made it, if one did.
+    pub(crate) binding: Option<u64>,
+    mirror: Box<dyn Mirror>,
+    /// Below this address the mirror is up to date; `None`: everywhere. Never inside a mapping that it may be told of.
+    cursor: Option<Iova>,
+    in_step: bool,
+    /// Not fenced. The same as the subscription's word for it, at hand.
+    live: bool,
+    scratch: Vec<Mapping>,
+    /// Inside a step, of a mirror that replaces in place: what it has not lost, for the way back.
+    pub(crate) swap: Swap,
+}
+
+/// What a step does in place at one mirror.
+#[derive(Default)]
+pub(crate) struct Swap {
+    /// Old mappings that have a successor over the same range and were not unmapped.
+    pub(crate) kept: Vec<Mapping>,
+    /// Pieces exchanged so far: old and new.
+    pub(crate) exchanged: Vec<(Mapping, Mapping)>,
+    /// Mappings added so far without an exchange.
+    pub(crate) added: Vec<Mapping>,
+}
+
+/// Why a mirror must be fenced.
+pub(crate) type Failure = String;
+
+impl MirrorSeat {
+    pub(crate) fn new(sub: Arc<Sub>, interest: Interest, mirror: Box<dyn Mirror>) -> Self {
+        let reach = mirror.reach();
+        Self {
+            sub,
+            lens: Lens::new(interest, reach),
+            counts: Counts::default(),
+            binding: None,
+            mirror,
+            cursor: Some(Iova(0)),
+            in_step: false,
+            live: true,
+            scratch: Vec::new(),
+            swap: Swap::default(),
+        }
+    }
+
+    /// Comes to an address space, holding nothing.
+    pub(crate) fn arrive(&mut self, clip_to: Option<Vec<IovaRange>>) {
+        self.lens.set_clip(clip_to);
+        self.cursor = Some(Iova(0));
+    }
+
+    #[inline]
+    pub(crate) fn is_live(&self) -> bool {
+        self.live
+    }
+
+    /// Whether this step has left the old mapping in place here.
+    #[inline]
+    pub(crate) fn still_holds(&self, old: &Mapping) -> bool {
+        self.swap.kept.contains(old)
+    }
+
+    /// Whether it holds all that it should.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.cursor.is_none()
+    }
+
+    pub(crate) fn cursor(&self) -> Option<Iova> {
+        self.cursor
+    }
+
+    /// Everything below `cursor` is delivered; `None`: everything.
+    pub(crate) fn advance(&mut self, cursor: Option<Iova>) {
+        self.cursor = cursor;
+    }
+
+    /// A step adds `mapping`. One that lies across the cursor is delivered whole, so the cursor moves behind it.
+    #[inline]
+    pub(crate) fn stretch(&mut self, mapping: &Mapping) {
+        if self.cursor.is_some_and(|cursor| mapping.range.start() < cursor && cursor <= mapping.range.last())
+        {
+            self.cursor = mapping.range.next();
+        }
+    }
+
+    /// Whether the mapping is behind the cursor: delivered, or to be delivered by a step.
+    #[inline]
+    fn is_behind(&self, mapping: &Mapping) -> bool {
+        self.cursor.is_none_or(|cursor| mapping.range.start() < cursor)
+    }
+
+    /// Whether it could hold `pieces` besides what it has, less `fewer` extents. Gives the extents it would add.
+    pub(crate) fn check(&mut self, pieces: &[Mapping], fewer: u64) -> Result<(), (Unreachable, IovaRange)> {
+        if self.lens.plain {
+            return Ok(());
+        }
+        let mut extents = core::mem::take(&mut self.scratch);
+        extents.clear();
+        pieces.iter().filter(|p| self.is_behind(p)).for_each(|p| self.lens.extents(p, &mut extents));
+        let unreachable = extents.iter().find_map(|e| Some((self.lens.reach.refuses(e)?, e.range)));
+        let wanted = self.counts.held.saturating_sub(fewer).saturating_add(extents.len() as u64);
+        let over = self.lens.reach.entries.filter(|limit| wanted > u64::from(*limit));
+        let over = over.and_then(|_| Some((Unreachable::Entries, extents.last()?.range)));
+        self.scratch = extents;
+        match unreachable.or(over) {
+            Some(why) => Err(why),
+            None => Ok(()),
+        }
+    }
+
+    /// How many extents it holds of these backed pieces.
+    pub(crate) fn count(&mut self, pieces: &[Mapping]) -> u64 {
+        if self.lens.reach.entries.is_none() {
+            return 0;
+        }
+        let mut extents = core::mem::take(&mut self.scratch);
+        extents.clear();
+        pieces.iter().filter(|p| self.is_behind(p)).for_each(|p| self.lens.extents(p, &mut extents));
+        let count = extents.len() as u64;
+        self.scratch = extents;
+        count
+    }
+
+    fn begin(&mut self) {
+        if self.lens.reach.batches && !self.in_step {
+            self.in_step = true;
+            self.mirror.begin();
+        }
+    }
+
+    /// Ends the step here, if it has begun here.
+    pub(crate) fn commit(&mut self, done: &mut Completion) {
+        if self.lens.reach.replace {
+            self.swap = Swap::default();
+        }
+        if self.in_step {
+            self.in_step = false;
+            let ack = self.mirror.commit();
+            self.note(ack, done);
+        }
+    }
+
+    fn note(&self, ack: Ack, done: &mut Completion) {
+        if let Ack::Pending(waiting) = ack {
+            done.add_ack(&self.sub, waiting);
+        }
+    }
+
+    /// Gives it one backed piece.
+    ///
+    /// # Errors
+    /// Refused: what of this piece was added has been taken back, or else the failure says that it must be fenced.
+    #[inline]
+    pub(crate) fn add(&mut self, piece: &Mapping, done: &mut Completion) -> Result<(), AddError> {
+        if self.lens.plain && piece.target == Target::Ram && self.cursor.is_none() {
+            self.begin();
+            return self.map_one(piece, done).map_err(AddError::Refused);
+        }
+        self.add_clipped(piece, done)
+    }
+
+    fn add_clipped(&mut self, piece: &Mapping, done: &mut Completion) -> Result<(), AddError> {
+        if !self.is_behind(piece) {
+            return Ok(());
+        }
+        let mut extents = core::mem::take(&mut self.scratch);
+        extents.clear();
+        self.lens.extents(piece, &mut extents);
+        let mut outcome = Ok(());
+        for (at, extent) in extents.iter().enumerate() {
+            self.begin();
+            if let Err(refused) = self.map_one(extent, done) {
+                outcome = Err(AddError::Refused(refused));
+                for undo in extents.get(..at).unwrap_or_default() {
+                    if let Err(failure) = self.unmap_one(undo.range, undo.range.bytes(), 1, done) {
+                        outcome = Err(AddError::Fence(failure));
+                    }
+                }
+                break;
+            }
+        }
+        self.scratch = extents;
+        outcome
+    }
+
+    #[inline]
+    fn map_one(&mut self, extent: &Mapping, done: &mut Completion) -> Result<(), Refused> {
+        match self.mirror.map(extent) {
+            Ok(ack) => {
+                self.counts.map += 1;
+                self.counts.held += 1;
+                self.note(ack, done);
+                Ok(())
+            }
+            Err(refused) => {
+                self.counts.refused += 1;
+                Err(refused)
+            }
+        }
+    }
+
+    /// Exchanges one backed piece for another over the same range, where the mirror can. `None`: it cannot here.
+    pub(crate) fn replace(
+        &mut self,
+        old: &Mapping,
+        new: &Mapping,
+        done: &mut Completion,
+    ) -> Option<Result<(), Refused>> {
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        self.lens.extents(old, &mut a);
+        self.lens.extents(new, &mut b);
+        let ([a], [b]) = (a.as_slice(), b.as_slice()) else { return None };
+        if a.range != b.range {
+            return None;
+        }
+        self.begin();
+        Some(match self.mirror.replace(a, b) {
+            Ok(ack) => {
+                self.counts.replace += 1;
+                self.note(ack, done);
+                Ok(())
+            }
+            Err(refused) => {
+                self.counts.refused += 1;
+                Err(refused)
+            }
+        })
+    }
+
+    /// Takes away what it holds of these backed pieces. Where it unmaps wide, nothing else may be mapped between them.
+    #[inline]
+    pub(crate) fn remove(
+        &mut self,
+        pieces: &[Mapping],
+        done: &mut Completion,
+        dirty: &mut Option<DirtyLog>,
+    ) -> Result<(), Failure> {
+        if self.lens.plain && self.cursor.is_none() && pieces.iter().all(|p| p.target == Target::Ram) {
+            return self.remove_extents(pieces, done, dirty);
+        }
+        let mut extents = core::mem::take(&mut self.scratch);
+        extents.clear();
+        pieces.iter().filter(|p| self.is_behind(p)).for_each(|p| self.lens.extents(p, &mut extents));
+        let outcome = self.remove_extents(&extents, done, dirty);
+        self.scratch = extents;
+        outcome
+    }
+
+    fn remove_extents(
+        &mut self,
+        extents: &[Mapping],
+        done: &mut Completion,
+        dirty: &mut Option<DirtyLog>,
+    ) -> Result<(), Failure> {
+        let (Some(first), Some(last)) = (extents.first(), extents.last()) else { return Ok(()) };
+        self.begin();
+        if self.lens.reach.wide_unmap {
+            let bytes = extents.iter().map(|e| e.range.bytes()).sum();
+            let bitmap = self.unmap_one(first.range.hull(last.range), bytes, extents.len() as u64, done)?;
+            self.counts.dirty += note_dirty(dirty, extents, bitmap.as_ref());
+            return Ok(());
+        }
+        for extent in extents {
+            let bitmap = self.unmap_one(extent.range, extent.range.bytes(), 1, done)?;
+            let one = core::slice::from_ref(extent);
+            self.counts.dirty += note_dirty(dirty, one, bitmap.as_ref());
+        }
+        Ok(())
+    }
+
+    fn unmap_one(
+        &mut self,
+        range: IovaRange,
+        expected: u128,
+        extents: u64,
+        done: &mut Completion,
+    ) -> Result<Option<DirtyBitmap>, Failure> {
+        self.counts.unmap += 1;
+        match self.mirror.unmap(range) {
+            Ok(Unmapped { bytes, dirty, ack }) => {
+                self.note(ack, done);
+                self.counts.held = self.counts.held.saturating_sub(extents);
+                if bytes != expected {
+                    return Err(format!("unmap of {range} removed {bytes} bytes where {expected} were held"));
+                }
+                Ok(dirty)
+            }
+            Err(refused) => {
+                self.counts.refused += 1;
+                Err(format!("unmap of {range} failed: {refused}"))
+            }
+        }
+    }
+
+    /// Cuts the device off.
+    pub(crate) fn fence(&mut self) -> Result<(), FenceFailed> {
+        self.live = false;
+        self.in_step = false;
+        self.sub.set_fenced();
+        self.mirror.fence()
+    }
+
+    /// What the mirror says it holds.
+    pub(crate) fn held(&self) -> Vec<Mapping> {
+        self.mirror.held()
+    }
+}
+
+/// Why an addition did not happen.
+#[derive(Debug)]
+pub(crate) enum AddError {
+    /// The mirror refused it; nothing of it is left.
+    Refused(Refused),
+    /// The mirror refused it and could not take back a part: it must be fenced.
+    Fence(Failure),
+}

@@ -1,0 +1,220 @@
+//! From a difference in the record to calls on those who hold a copy: clip, order, undo, fence.
+
+pub(crate) mod cache;
+pub(crate) mod lens;
+pub(crate) mod mirror;
+
+use std::sync::Weak;
+
+use crate::addr::GpaRange;
+use crate::backing::{Backing, Medium};
+use crate::change::Change;
+use crate::endpoint::{EndpointId, EndpointShared, Sight};
+use crate::iommu::unit::Unit;
+use crate::mapping::{Access, Mapping, Target};
+use crate::subscribe::{Interest, Kinds, Observer, Space};
+use crate::sync::{Arc, AtomicBool, Ordering, lock_std};
+
+pub(crate) use cache::CacheSeat;
+pub(crate) use mirror::MirrorSeat;
+
+/// What is known of a subscription everywhere: its number, whose it is, whether it is fenced.
+pub(crate) struct Sub {
+    id: u64,
+    endpoint: Option<EndpointId>,
+    fenced: AtomicBool,
+    /// The endpoints that it serves: cut off with it.
+    serves: std::sync::Mutex<Vec<Arc<EndpointShared>>>,
+    unit: Weak<Unit>,
+}
+
+impl Sub {
+    pub(crate) fn new(
+        id: u64,
+        endpoint: Option<EndpointId>,
+        serves: Vec<Arc<EndpointShared>>,
+        unit: Weak<Unit>,
+    ) -> Arc<Self> {
+        let serves = std::sync::Mutex::new(serves);
+        Arc::new(Self { id, endpoint, fenced: AtomicBool::new(false), serves, unit })
+    }
+
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The endpoint that it follows; `None` when it belongs to a domain.
+    pub(crate) fn endpoint(&self) -> Option<EndpointId> {
+        self.endpoint
+    }
+
+    pub(crate) fn is_fenced(&self) -> bool {
+        self.fenced.load(Ordering::Acquire)
+    }
+
+    /// Marks it, and its endpoints, as cut off: their accesses in this process fault from now on.
+    pub(crate) fn set_fenced(&self) {
+        self.fenced.store(true, Ordering::Release);
+        for endpoint in lock_std(&self.serves).iter() {
+            endpoint.publish(|sight| Sight { fenced: true, ..sight.copy() });
+        }
+    }
+
+    pub(crate) fn serve(&self, endpoint: &Arc<EndpointShared>) {
+        lock_std(&self.serves).push(endpoint.clone());
+    }
+
+    pub(crate) fn forsake(&self, id: EndpointId) {
+        lock_std(&self.serves).retain(|e| e.id != Some(id));
+    }
+
+    pub(crate) fn serves_nobody(&self) -> bool {
+        lock_std(&self.serves).is_empty()
+    }
+
+    /// Fences the subscriber from outside a step; `false` when that failed.
+    pub(crate) fn fence(&self, why: &str) -> bool {
+        self.unit.upgrade().is_none_or(|unit| unit.fence(self.id, why))
+    }
+}
+
+/// Calls that a subscription has had.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Counts {
+    /// Extents mapped (replay included).
+    pub map: u64,
+    /// Unmap calls; for a cache, invalidations.
+    pub unmap: u64,
+    /// Extents replaced in place.
+    pub replace: u64,
+    /// Entries filled into a cache.
+    pub fills: u64,
+    /// Calls that the subscriber refused.
+    pub refused: u64,
+    /// Extents that a mirror holds now.
+    pub held: u64,
+    /// Pages written by the device that unmaps reported (see [`Domain::dirty_take`](crate::Domain::dirty_take)).
+    pub dirty: u64,
+}
+
+/// An observer in its place.
+pub(crate) struct ObserverSeat {
+    pub(crate) sub: Arc<Sub>,
+    pub(crate) interest: Interest,
+    pub(crate) observer: Box<dyn Observer>,
+    pub(crate) counts: Counts,
+}
+
+impl ObserverSeat {
+    pub(crate) fn tell(&mut self, space: Space, change: &Change) {
+        if !self.interest.kinds.intersects(change.kinds()) {
+            return;
+        }
+        let clip = |m: &Mapping| {
+            let m = m.clip(self.interest.window)?;
+            Some(Mapping { range: self.interest.outward(m.range), ..m })
+        };
+        let clipped = match change {
+            Change::Map { new } => clip(new).map(|new| Change::Map { new }),
+            Change::Unmap { old } => clip(old).map(|old| Change::Unmap { old }),
+            Change::Replace { old, new } => {
+                clip(old).zip(clip(new)).map(|(old, new)| Change::Replace { old, new })
+            }
+        };
+        let Some(change) = clipped else { return };
+        match change {
+            Change::Map { .. } => self.counts.map += 1,
+            Change::Unmap { .. } => self.counts.unmap += 1,
+            Change::Replace { .. } => self.counts.replace += 1,
+        }
+        self.observer.changed(space, &change);
+    }
+}
+
+/// Everyone who listens at one place.
+#[derive(Default)]
+pub(crate) struct Seats {
+    pub(crate) mirrors: Vec<MirrorSeat>,
+    pub(crate) caches: Vec<Arc<CacheSeat>>,
+    pub(crate) observers: Vec<ObserverSeat>,
+}
+
+impl Seats {
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.mirrors.is_empty() && self.caches.is_empty() && self.observers.is_empty()
+    }
+
+    /// The kinds that all of them together want.
+    pub(crate) fn wanted(&self) -> Kinds {
+        let mirrors = self.mirrors.iter().map(|s| s.lens.interest.kinds);
+        let caches = self.caches.iter().map(|s| s.interest.kinds);
+        let observers = self.observers.iter().map(|s| s.interest.kinds);
+        mirrors.chain(caches).chain(observers).fold(Kinds::empty(), Kinds::union)
+    }
+
+    /// The kinds that those who follow `endpoint` want; observers aside, who hold nothing.
+    pub(crate) fn wanted_by(&self, endpoint: EndpointId) -> Kinds {
+        let mine = |sub: &Arc<Sub>| sub.endpoint() == Some(endpoint);
+        let mirrors = self.mirrors.iter().filter(|s| mine(&s.sub)).map(|s| s.lens.interest.kinds);
+        let caches = self.caches.iter().filter(|s| mine(&s.sub)).map(|s| s.interest.kinds);
+        mirrors.chain(caches).fold(Kinds::empty(), Kinds::union)
+    }
+
+    /// Takes out those that follow `endpoint`.
+    pub(crate) fn take_of(&mut self, endpoint: EndpointId) -> Self {
+        let mine = |sub: &Arc<Sub>| sub.endpoint() == Some(endpoint);
+        Self {
+            mirrors: self.mirrors.extract_if(.., |s| mine(&s.sub)).collect(),
+            caches: self.caches.extract_if(.., |s| mine(&s.sub)).collect(),
+            observers: self.observers.extract_if(.., |s| mine(&s.sub)).collect(),
+        }
+    }
+
+    /// Takes out one subscription.
+    pub(crate) fn take(&mut self, id: u64) -> Self {
+        let this = |sub: &Arc<Sub>| sub.id() == id;
+        Self {
+            mirrors: self.mirrors.extract_if(.., |s| this(&s.sub)).collect(),
+            caches: self.caches.extract_if(.., |s| this(&s.sub)).collect(),
+            observers: self.observers.extract_if(.., |s| this(&s.sub)).collect(),
+        }
+    }
+
+    pub(crate) fn append(&mut self, mut other: Self) {
+        self.mirrors.append(&mut other.mirrors);
+        self.caches.append(&mut other.caches);
+        self.observers.append(&mut other.observers);
+    }
+}
+
+/// The parts of `mapping` that have backing, with the access that the backing allows: what a mirror may be given.
+#[inline]
+pub(crate) fn backed(backing: &Backing, mapping: &Mapping, f: &mut impl FnMut(&Mapping)) {
+    if mapping.access.is_empty() {
+        return;
+    }
+    let Some(target) = GpaRange::new(mapping.gpa, mapping.gpa_last()) else { return };
+    for extent in backing.over(target) {
+        let Some(part) = extent.range.intersect(target) else { continue };
+        let whole = part == target;
+        let mut piece = if whole { Some(*mapping) } else { part_of(mapping, part) };
+        let Some(piece) = piece.as_mut() else { continue };
+        match extent.medium {
+            Medium::Ram => {}
+            Medium::Rom => piece.access &= Access::READ,
+            Medium::Mmio => piece.target = Target::Mmio,
+        }
+        if !piece.access.is_empty() {
+            f(piece);
+        }
+    }
+}
+
+/// The part of `mapping` whose target is `part`, which lies inside it.
+fn part_of(mapping: &Mapping, part: GpaRange) -> Option<Mapping> {
+    let start = mapping.range.start().checked_add(part.start().0.checked_sub(mapping.gpa.0)?)?;
+    let last = mapping.range.start().checked_add(part.last().0.checked_sub(mapping.gpa.0)?)?;
+    mapping.clip(crate::addr::IovaRange::new(start, last)?)
+}

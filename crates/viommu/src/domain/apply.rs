@@ -1,0 +1,422 @@
+//! One step: plan (made by the caller), check and reserve, publish removals, deliver removals, deliver additions,
+//! publish additions, observers (L6). With its undo (L3).
+
+use crate::addr::IovaRange;
+use crate::change::Change;
+use crate::deliver::backed;
+use crate::deliver::mirror::{AddError, MirrorSeat};
+use crate::domain::exchange;
+use crate::domain::inner::{DomainInner, DomainState};
+use crate::error::{Cap, Incident, StepErrorKind};
+use crate::mapping::Mapping;
+use crate::quiesce::completion::Completion;
+use crate::quiesce::scope::CallbackScope;
+use crate::sync::{Ordering, fence};
+use crate::table::InsertError;
+
+/// The difference that a step makes. All lists ascend and are disjoint in themselves.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Plan<'a> {
+    /// Mappings that leave the record, whole.
+    pub(crate) removed: &'a [Mapping],
+    /// Where they are announced as one: each covers some of `removed` and nothing else that is mapped.
+    pub(crate) spans: &'a [IovaRange],
+    /// Mappings that enter the record. They overlap nothing but `removed`.
+    pub(crate) added: &'a [Mapping],
+    /// What enters instead of `added` if a mirror refuses: of `removed`, what the guest did not ask to be gone.
+    pub(crate) fallback: &'a [Mapping],
+}
+
+impl DomainInner {
+    /// Bumps the version around `publish`, so that a reader of several mappings sees that they changed.
+    #[inline]
+    fn publish<R>(&self, publish: impl FnOnce() -> R) -> R {
+        let version = self.version.load(Ordering::Relaxed);
+        self.version.store(version.wrapping_add(1), Ordering::Relaxed);
+        fence(Ordering::Release);
+        let result = publish();
+        self.version.store(version.wrapping_add(2), Ordering::Release);
+        result
+    }
+
+    /// Adds one mapping where nobody listens.
+    #[inline]
+    pub(crate) fn insert_alone(&self, state: &mut DomainState, new: &Mapping) -> Result<(), StepErrorKind> {
+        self.claim(state, 1)?;
+        let outcome = self.publish(|| state.writer.insert(new));
+        outcome.map_err(|error| {
+            self.totals.give_back(1);
+            match error {
+                InsertError::NoMemory => StepErrorKind::Cap(Cap::TableBytes),
+                InsertError::Overlap => state.overlap(new),
+            }
+        })
+    }
+
+    /// Removes what is inside `range` where nobody listens, and says how much that was.
+    #[inline]
+    pub(crate) fn remove_alone(
+        &self,
+        state: &mut DomainState,
+        range: IovaRange,
+    ) -> Result<usize, StepErrorKind> {
+        let count = match self.publish(|| state.writer.remove_all_in(range)) {
+            Ok(count) => count,
+            Err(_) => return Err(state.cut(range)),
+        };
+        self.totals.give_back(count as u64);
+        Ok(count)
+    }
+
+    fn claim(&self, state: &DomainState, count: u64) -> Result<(), StepErrorKind> {
+        if state.limit.is_some_and(|limit| (state.writer.len() as u64).saturating_add(count) > limit) {
+            return Err(StepErrorKind::Cap(Cap::DomainMappings));
+        }
+        if self.totals.claim(count) { Ok(()) } else { Err(StepErrorKind::Cap(Cap::Mappings)) }
+    }
+
+    /// `ranges` are gone here: `done` waits for who may still use them. Unless the readers are to be read later, for
+    /// several steps at once (`lazy`), nothing is waited for where nobody is inside.
+    #[inline]
+    pub(crate) fn note_removal(&self, ranges: &[IovaRange], lazy: bool, done: &mut Completion) {
+        let lent = self.readers.leases.meeting(ranges, None);
+        if !lazy && lent.is_empty() && done.is_ready() && self.readers.is_quiet() {
+            return;
+        }
+        done.add_removal(&self.readers, None, ranges);
+        lent.iter().for_each(|lent| lent.revoke());
+    }
+
+    /// Makes `plan` true. On an error the record holds `fallback` and every mirror holds the same, or is fenced.
+    pub(crate) fn apply(
+        &self,
+        state: &mut DomainState,
+        plan: &Plan<'_>,
+        lazy: bool,
+        done: &mut Completion,
+    ) -> Result<(), StepErrorKind> {
+        let grown =
+            (plan.added.len().max(plan.fallback.len()) as u64).saturating_sub(plan.removed.len() as u64);
+        self.claim(state, grown)?;
+        // Claimed: the growth. What is left over is given back below, when it is known what really came.
+        let give_back = |now: usize| {
+            let claimed = (plan.removed.len() as u64).saturating_add(grown);
+            self.totals.give_back(claimed.saturating_sub(now as u64));
+        };
+        if let Err(kind) = self.check_and_reserve(state, plan) {
+            self.totals.give_back(grown);
+            return Err(kind);
+        }
+        if !plan.removed.is_empty() {
+            self.publish(|| {
+                for m in plan.removed {
+                    let gone = state.writer.remove_all_in(m.range);
+                    debug_assert_eq!(gone, Ok(1));
+                }
+            });
+            self.deliver_removals(state, plan, done);
+        }
+        let refused = self.deliver_additions(state, plan, done);
+        let now = if refused.is_ok() { plan.added } else { plan.fallback };
+        self.publish(|| {
+            for m in now {
+                let there = state.writer.insert(m);
+                debug_assert_eq!(there, Ok(()), "reserved and free");
+            }
+        });
+        give_back(now.len());
+        state.commit(done);
+        if !plan.removed.is_empty() {
+            self.note_removal(plan.spans, lazy, done);
+        }
+        if !state.seats.observers.is_empty() {
+            self.tell_observers(state, plan.removed, now);
+        }
+        refused
+    }
+
+    fn check_and_reserve(&self, state: &mut DomainState, plan: &Plan<'_>) -> Result<(), StepErrorKind> {
+        if !plan.added.is_empty() && state.seats.mirrors.iter().any(|seat| !seat.lens.plain) {
+            self.check_reach(state, plan)?;
+        }
+        let reserve = |state: &mut DomainState, list: &[Mapping]| {
+            state.writer.reserve(list).map_err(|_| StepErrorKind::Cap(Cap::TableBytes))
+        };
+        if !plan.fallback.is_empty() && plan.fallback.len() >= plan.added.len() {
+            reserve(state, plan.fallback)?;
+        }
+        if plan.added.is_empty() { Ok(()) } else { reserve(state, plan.added) }
+    }
+
+    /// Everything that a mirror can be known to refuse is refused here, before anything is published. Where the guest
+    /// cannot be refused, the mirror is fenced instead.
+    #[cold]
+    fn check_reach(&self, state: &mut DomainState, plan: &Plan<'_>) -> Result<(), StepErrorKind> {
+        let backing = state.backing.clone();
+        let (mut added, mut removed) = (Vec::new(), Vec::new());
+        plan.added.iter().for_each(|m| backed(&backing, m, &mut |piece| added.push(*piece)));
+        plan.removed.iter().for_each(|m| backed(&backing, m, &mut |piece| removed.push(*piece)));
+        let refusable = state.refusable && plan.added != plan.fallback;
+        for seat in state.seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
+            let fewer = seat.count(&removed);
+            if let Err((why, range)) = seat.check(&added, fewer) {
+                let kind = StepErrorKind::Unreachable { subscription: seat.sub.id(), why, range };
+                if refusable {
+                    return Err(kind);
+                }
+                // The removals of this step are still ahead: a fenced mirror needs none of them.
+                let mut stuck = Completion::ready();
+                self.fence_seat(seat, &kind.to_string(), &mut stuck);
+                if stuck.is_stuck() {
+                    return Err(kind);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Caches and mirrors lose what has been removed. They cannot refuse: who fails is fenced.
+    fn deliver_removals(&self, state: &mut DomainState, plan: &Plan<'_>, done: &mut Completion) {
+        if state.seats.is_empty() {
+            return;
+        }
+        let _callback = CallbackScope::enter();
+        for span in plan.spans {
+            for cache in &state.seats.caches {
+                cache.invalidate(*span, done);
+            }
+        }
+        if state.seats.mirrors.is_empty() {
+            return;
+        }
+        let backing = state.backing.clone();
+        let mut rest = plan.removed;
+        for span in plan.spans {
+            let inside = rest.partition_point(|m| m.range.last() <= span.last());
+            let (here, later) = rest.split_at(inside);
+            rest = later;
+            let mut pieces = core::mem::take(&mut state.pieces);
+            pieces.clear();
+            here.iter().for_each(|m| backed(&backing, m, &mut |piece| pieces.push(*piece)));
+            for seat in state.seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
+                let outcome = if seat.lens.reach.replace && !plan.added.is_empty() {
+                    exchange::remove_unpaired(seat, &backing, plan, here, done, &mut state.dirty)
+                } else {
+                    seat.remove(&pieces, done, &mut state.dirty)
+                };
+                if let Err(failure) = outcome {
+                    self.fence_seat(seat, &failure, done);
+                }
+            }
+            state.pieces = pieces;
+        }
+    }
+
+    /// Mirrors get what is added, all or none of it; if none, they get the fallback.
+    fn deliver_additions(
+        &self,
+        state: &mut DomainState,
+        plan: &Plan<'_>,
+        done: &mut Completion,
+    ) -> Result<(), StepErrorKind> {
+        if plan.added.is_empty() || state.seats.mirrors.is_empty() {
+            return Ok(());
+        }
+        let _callback = CallbackScope::enter();
+        let mut pieces = core::mem::take(&mut state.pieces);
+        pieces.clear();
+        let backing = state.backing.clone();
+        for m in plan.added {
+            state.seats.mirrors.iter_mut().for_each(|seat| seat.stretch(m));
+            backed(&backing, m, &mut |piece| pieces.push(*piece));
+        }
+        // Rests of what an unmap cut: the removal stands, so who cannot hold them is fenced.
+        let refusable = state.refusable && plan.added != plan.fallback;
+        let mut refusal = None;
+        'mirrors: for at in 0..state.seats.mirrors.len() {
+            let Some(seat) = state.seats.mirrors.get_mut(at).filter(|seat| seat.is_live()) else { continue };
+            let mut nth = 0;
+            {
+                let outcome = if seat.lens.reach.replace && !plan.removed.is_empty() {
+                    exchange::add_all(seat, &backing, plan, done, &mut state.dirty)
+                } else {
+                    pieces.iter().try_for_each(|piece| {
+                        seat.add(piece, done)?;
+                        nth += 1;
+                        Ok(())
+                    })
+                };
+                let why = match outcome {
+                    Ok(()) => continue 'mirrors,
+                    Err(AddError::Fence(failure)) => {
+                        self.fence_seat(seat, &failure, done);
+                        continue 'mirrors;
+                    }
+                    Err(AddError::Refused(refused)) => refused,
+                };
+                let kind = StepErrorKind::Refused { subscription: seat.sub.id(), refused: why };
+                if !refusable {
+                    self.fence_seat(seat, &kind.to_string(), done);
+                    continue 'mirrors;
+                }
+                refusal = Some((at, nth, kind));
+                break 'mirrors;
+            }
+        }
+        let outcome = match refusal {
+            None => Ok(()),
+            Some((at, nth, kind)) => {
+                self.undo(state, plan, &pieces, (at, nth), done);
+                self.fall_back(state, plan, done);
+                // What was added for a moment may be in use: that too must be over before the guest is answered.
+                Err(kind)
+            }
+        };
+        state.pieces = pieces;
+        outcome
+    }
+
+    /// Takes back what mirrors before `at` got of `pieces`, and the first `nth` of the mirror at `at`.
+    fn undo(
+        &self,
+        state: &mut DomainState,
+        plan: &Plan<'_>,
+        pieces: &[Mapping],
+        (at, nth): (usize, usize),
+        done: &mut Completion,
+    ) {
+        for (k, seat) in state.seats.mirrors.iter_mut().enumerate().take(at.saturating_add(1)) {
+            if seat.lens.reach.replace && !plan.removed.is_empty() {
+                if let Err(failure) = exchange::undo(seat, &state.backing, done, &mut state.dirty) {
+                    self.fence_seat(seat, &failure, done);
+                }
+                continue;
+            }
+            let got = if k == at { pieces.get(..nth).unwrap_or_default() } else { pieces };
+            // One by one: other mappings may lie between them.
+            for piece in got {
+                if !seat.is_live() {
+                    break;
+                }
+                if let Err(failure) = seat.remove(core::slice::from_ref(piece), done, &mut state.dirty) {
+                    self.fence_seat(seat, &failure, done);
+                }
+            }
+        }
+    }
+
+    /// Gives all mirrors what goes back into the record. Who refuses what it held before is fenced.
+    fn fall_back(&self, state: &mut DomainState, plan: &Plan<'_>, done: &mut Completion) {
+        let backing = state.backing.clone();
+        for m in plan.fallback {
+            for seat in state.seats.mirrors.iter_mut().filter(|seat| !seat.still_holds(m)) {
+                let mut failure = None;
+                backed(&backing, m, &mut |piece| {
+                    if seat.is_live() && failure.is_none() {
+                        failure = seat.add(piece, done).err();
+                    }
+                });
+                if let Some(failure) = failure {
+                    self.fence_seat(seat, &format!("could not restore {}: {failure:?}", m.range), done);
+                }
+            }
+        }
+    }
+
+    /// Cuts a mirror off. If that fails the step never completes, and the embedder hears of it.
+    pub(crate) fn fence_seat(&self, seat: &mut MirrorSeat, why: &str, done: &mut Completion) {
+        if !seat.is_live() {
+            return;
+        }
+        let (subscription, endpoint) = (seat.sub.id(), seat.sub.endpoint());
+        let incident = match seat.fence() {
+            Ok(()) => Incident::Fenced { subscription, endpoint, why: why.into() },
+            Err(failed) => {
+                done.set_stuck();
+                Incident::FenceFailed { subscription, endpoint, why: format!("{why}; {failed}") }
+            }
+        };
+        self.totals.alarm(&incident);
+    }
+
+    fn tell_observers(&self, state: &mut DomainState, removed: &[Mapping], added: &[Mapping]) {
+        let _callback = CallbackScope::enter();
+        for change in Changes::new(removed, added) {
+            for seat in &mut state.seats.observers {
+                seat.tell(self.space, &change);
+            }
+        }
+    }
+}
+
+impl DomainState {
+    /// Ends the step at every mirror that has batches.
+    pub(crate) fn commit(&mut self, done: &mut Completion) {
+        for seat in &mut self.seats.mirrors {
+            seat.commit(done);
+        }
+    }
+
+    #[cold]
+    fn overlap(&self, new: &Mapping) -> StepErrorKind {
+        let existing = self.writer.next(new.range.start()).map_or(new.range, |m| m.range);
+        StepErrorKind::Overlap { range: new.range, existing }
+    }
+
+    #[cold]
+    pub(crate) fn cut(&self, range: IovaRange) -> StepErrorKind {
+        let at = |iova| self.writer.next(iova).filter(|m| m.range.contains(iova) && !range.covers(m.range));
+        let existing = at(range.start()).or_else(|| at(range.last())).map_or(range, |m| m.range);
+        StepErrorKind::Cut { range, existing }
+    }
+
+    /// The first region of an endpoint here that `range` meets.
+    #[inline]
+    pub(crate) fn region_in(&self, range: IovaRange) -> Result<(), StepErrorKind> {
+        match self.regions.iter().find(|(_, r)| r.range.overlaps(range)) {
+            None => Ok(()),
+            Some((endpoint, region)) => {
+                Err(StepErrorKind::Reserved { range, region: region.range, endpoint: *endpoint })
+            }
+        }
+    }
+}
+
+/// Merges what left and what came into changes, ascending by address: removals over a range before additions there.
+struct Changes<'a> {
+    removed: core::iter::Peekable<core::slice::Iter<'a, Mapping>>,
+    added: core::iter::Peekable<core::slice::Iter<'a, Mapping>>,
+}
+
+impl<'a> Changes<'a> {
+    fn new(removed: &'a [Mapping], added: &'a [Mapping]) -> Self {
+        Self { removed: removed.iter().peekable(), added: added.iter().peekable() }
+    }
+}
+
+impl Iterator for Changes<'_> {
+    type Item = Change;
+
+    fn next(&mut self) -> Option<Change> {
+        match (self.removed.peek().copied(), self.added.peek().copied()) {
+            (Some(old), Some(new)) if old.range == new.range => {
+                self.removed.next();
+                self.added.next();
+                if old == new { self.next() } else { Some(Change::Replace { old: *old, new: *new }) }
+            }
+            (Some(old), new) if new.is_none_or(|new| old.range.start() <= new.range.last()) => {
+                self.removed.next();
+                Some(Change::Unmap { old: *old })
+            }
+            (_, Some(new)) => {
+                self.added.next();
+                Some(Change::Map { new: *new })
+            }
+            (Some(old), None) => {
+                self.removed.next();
+                Some(Change::Unmap { old: *old })
+            }
+            (None, None) => None,
+        }
+    }
+}

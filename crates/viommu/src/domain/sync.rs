@@ -1,0 +1,148 @@
+//! Tables in guest memory: compare what they say with what has been announced, and make that the step.
+
+use crate::addr::{Iova, IovaRange};
+use crate::domain::Domain;
+use crate::domain::inner::{DomainInner, DomainState};
+use crate::domain::plan::Op;
+use crate::error::{StepError, StepErrorKind};
+use crate::mapping::Mapping;
+use crate::quiesce::completion::Completion;
+use crate::quiesce::scope::{CallbackScope, StepScope};
+use crate::sync::lock;
+
+/// A walk over the guest's tables, by a model.
+pub trait Walk {
+    /// The guest's extent (a leaf, whole) that holds `from`, else the first behind it that starts at or before `last`;
+    /// `None` when there is none. Extents are page-aligned and disjoint. What cannot be read, or has reserved bits
+    /// set, is not mapped. Each entry is read once; called under the domain's lock.
+    fn next(&mut self, from: Iova, last: Iova) -> Option<Mapping>;
+}
+
+impl<F: FnMut(Iova, Iova) -> Option<Mapping>> Walk for F {
+    fn next(&mut self, from: Iova, last: Iova) -> Option<Mapping> {
+        self(from, last)
+    }
+}
+
+/// How far a [`Domain::sync`] has come.
+#[derive(Debug)]
+#[must_use]
+pub struct Progress {
+    /// Where to go on; `None`: all of the range is compared.
+    pub next: Option<Iova>,
+    /// Resolves when what was removed so far is used no more.
+    pub completion: Completion,
+}
+
+impl Domain {
+    /// Compares the guest's tables over `range` with the record, and announces the differences as one step: whole
+    /// extents go, then new ones come; an extent that is the same stays untouched. The comparison goes outward to the
+    /// ends of extents, the record's and the guest's, that cross the ends of `range`. Caches are told of all of
+    /// `range`, as far as it was compared: what they hold may be newer than the record.
+    ///
+    /// At most about `limit` extents are looked at in one call, which says where to go on.
+    ///
+    /// # Errors
+    /// [`StepErrorKind::WrongKind`] where the record is viommu's own; caps. The guest cannot be refused: a mirror that
+    /// cannot follow is fenced, or the extent left out, as its [`Reach`](crate::subscribe::Reach) says.
+    pub fn sync(&self, range: IovaRange, walk: &mut dyn Walk, limit: usize) -> Result<Progress, StepError> {
+        let _scope = StepScope::enter().map_err(|_| StepErrorKind::InCallback)?;
+        let mut completion = Completion::ready();
+        let mut state = lock(&self.0.state);
+        self.0.alive(&state)?;
+        match self.0.sync_in(&mut state, range, walk, limit.max(1), &mut completion) {
+            Ok(next) => Ok(Progress { next, completion }),
+            Err(kind) => Err(StepError { kind, completion }),
+        }
+    }
+}
+
+impl DomainInner {
+    fn sync_in(
+        &self,
+        state: &mut DomainState,
+        range: IovaRange,
+        walk: &mut dyn Walk,
+        limit: usize,
+        done: &mut Completion,
+    ) -> Result<Option<Iova>, StepErrorKind> {
+        if self.walker.is_none() {
+            return Err(StepErrorKind::WrongKind("the record is viommu's own: say what changed"));
+        }
+        let (compared, guest, next) = {
+            let _callback = CallbackScope::enter();
+            gather(state, range, walk, limit)
+        };
+        // What the guest may not map (outside the aperture, over a region, misaligned) is not mapped; nor is what a
+        // walk gives twice.
+        let mut free = Some(Iova(0));
+        let mut legal = guest;
+        legal.retain(|m| {
+            let fits =
+                free.is_some_and(|free| m.range.start() >= free) && self.check_mapping(state, m).is_ok();
+            if fits {
+                free = m.range.next();
+            }
+            fits
+        });
+        self.run(state, &[Op::Assign(compared, legal)], true, done)?;
+        self.tell_caches(state, &[compared], done);
+        self.note_removal(&[compared], false, done);
+        Ok(next)
+    }
+}
+
+/// Reads the guest's extents over `range`, widened to whole extents on both sides. Gives the range that is covered,
+/// the extents, and where to go on when `limit` cut it short.
+fn gather(
+    state: &DomainState,
+    range: IovaRange,
+    walk: &mut dyn Walk,
+    limit: usize,
+) -> (IovaRange, Vec<Mapping>, Option<Iova>) {
+    let mut start = range.start();
+    // Outward at the start: until neither the record nor the guest has an extent across it.
+    loop {
+        let ours = state.writer.next(start).filter(|m| m.range.contains(start));
+        let theirs = walk.next(start, start).filter(|m| m.range.contains(start));
+        let wider = ours.into_iter().chain(theirs).map(|m| m.range.start()).min().unwrap_or(start);
+        if wider >= start {
+            break;
+        }
+        start = wider;
+    }
+    let mut guest: Vec<Mapping> = Vec::new();
+    let mut last = range.last();
+    let (mut at, mut seen) = (start, 0_usize);
+    loop {
+        let theirs = walk.next(at, last).filter(|m| m.range.last() >= at && m.range.start() <= last);
+        let ours = state.writer.next(at).filter(|m| m.range.start() <= last);
+        // The nearer one first; the widest end of all that begins in front of it must be covered.
+        let Some(nearest) = theirs.iter().chain(&ours).map(|m| m.range.start().max(at)).min() else { break };
+        let mut end = nearest;
+        if let Some(m) = theirs.filter(|m| m.range.start() <= nearest) {
+            end = end.max(m.range.last());
+            last = last.max(m.range.last());
+            guest.push(m);
+        }
+        if let Some(m) = ours.filter(|m| m.range.start() <= nearest) {
+            // The guest's extents under ours are walked next; ours only has to be covered whole.
+            last = last.max(m.range.last());
+            if theirs.is_none_or(|t| t.range.start() > nearest) {
+                let stop = theirs.map_or(m.range.last(), |t| Iova(t.range.start().0.wrapping_sub(1)));
+                end = end.max(m.range.last().min(stop));
+            }
+        }
+        seen = seen.saturating_add(1);
+        let Some(next) = end.checked_add(1).filter(|next| *next <= last) else { break };
+        at = next;
+        if seen >= limit {
+            // An extent of ours across this point is not the guest's any more, or it would have been seen as one. It
+            // goes now, whole; what the guest has in its rest comes with the next call.
+            let ours = state.writer.next(at).filter(|m| m.range.start() < at);
+            let covered = IovaRange::new(start, ours.map_or(end, |m| m.range.last())).unwrap_or(range);
+            return (covered, guest, Some(at));
+        }
+    }
+    (IovaRange::new(start, last).unwrap_or(range), guest, None)
+}

@@ -1,0 +1,362 @@
+//! Views change: attach, detach, bypass, bindings.
+
+use std::collections::BTreeMap;
+
+use crate::ack::Ack;
+use crate::addr::IovaRange;
+use crate::deliver::{MirrorSeat, Seats, Sub};
+use crate::domain::inner::DomainInner;
+use crate::endpoint::{EndpointId, Region, View};
+use crate::error::{AttachError, AttachErrorKind, Incident};
+use crate::iommu::seating::{ReplayError, fits, join, leave, leave_one};
+use crate::iommu::unit::{Control, Unit};
+use crate::quiesce::completion::Completion;
+use crate::quiesce::scope::CallbackScope;
+use crate::subscribe::{Bound, Interest, Kinds, RefusalKind, Refused};
+use crate::sync::{Arc, lock};
+
+impl Unit {
+    /// Gives each of `moves` what it asks for (`None`: nothing, the default view), all or none.
+    pub(crate) fn move_all(
+        &self,
+        control: &mut Control,
+        moves: &[(EndpointId, Option<View>)],
+    ) -> Result<Completion, AttachError> {
+        let mut done = Completion::ready();
+        let mut movers = Vec::new();
+        for (id, attached) in moves {
+            let member = control.endpoints.get(id).ok_or(AttachErrorKind::NoEndpoint(*id))?;
+            let to = attached.unwrap_or_else(|| control.default_view());
+            control.space_of(to)?;
+            if attached.is_some() && member.shared.sight().1.fenced {
+                return Err(AttachErrorKind::Fenced(*id).into());
+            }
+            movers.push((*id, control.view_of(member), to, *attached));
+        }
+        check_sets(control, &movers)?;
+        for (id, from, to, _) in movers.iter().filter(|(_, from, to, _)| from != to) {
+            self.check_move(control, *id, *from, *to)?;
+        }
+        let mut moved: Vec<(EndpointId, View)> = Vec::new();
+        for (id, from, to, _) in movers.iter().filter(|(_, from, to, _)| from != to) {
+            let Err((kind, is_back)) = self.move_one(control, *id, *from, *to, &mut done) else {
+                moved.push((*id, *from));
+                continue;
+            };
+            let mut blocked = Vec::new();
+            if !is_back {
+                blocked.push(*id);
+            }
+            for (id, from) in moved.into_iter().rev() {
+                let now = movers.iter().find(|m| m.0 == id).map_or(View::Blocked, |m| m.2);
+                if self.move_one(control, id, now, from, &mut done).is_err() {
+                    blocked.push(id);
+                }
+            }
+            for id in &blocked {
+                self.block(control, *id, &kind.to_string(), &mut done);
+            }
+            return Err(AttachError { kind, blocked, completion: done });
+        }
+        for (id, _, _, attached) in &movers {
+            if let Some(member) = control.endpoints.get_mut(id) {
+                member.attached = *attached;
+            }
+        }
+        self.tell_moved(control, movers.iter().filter(|m| m.1 != m.2).map(|m| (m.0, m.2)));
+        Ok(done)
+    }
+
+    /// Everything that can be refused before anything happens.
+    fn check_move(
+        &self,
+        control: &Control,
+        id: EndpointId,
+        from: View,
+        to: View,
+    ) -> Result<(), AttachErrorKind> {
+        let Some(target) = control.space_of(to)? else { return Ok(()) };
+        let source = control.space_of(from)?;
+        let regions = control.endpoints.get(&id).map_or_else(|| Arc::from([]), |m| m.regions.clone());
+        if !target.is_identity() {
+            check_regions(&target, id, &regions)?;
+        }
+        let (wanted, lenses) = look_at(control, source.as_ref(), id, |seats| {
+            let mine = |sub: &Arc<Sub>| sub.endpoint() == Some(id) && !sub.is_fenced();
+            let mirrors = seats.mirrors.iter().filter(|s| mine(&s.sub));
+            (seats.wanted_by(id), mirrors.map(|s| (s.sub.id(), s.lens.clone())).collect::<Vec<_>>())
+        });
+        for (subscription, lens) in lenses {
+            fits(&target, &lens, &regions).map_err(|(why, range)| AttachErrorKind::Unreachable {
+                subscription,
+                why,
+                range,
+            })?;
+        }
+        let not_produced = |why| AttachErrorKind::NotProduced { space: target.space, kinds: wanted, why };
+        self.check_produced(&target, wanted).map_err(not_produced)
+    }
+
+    /// Whether `target` can give `wanted` besides what it gives already.
+    pub(crate) fn check_produced(&self, target: &Arc<DomainInner>, wanted: Kinds) -> Result<(), Refused> {
+        if wanted.contains(Kinds::MAP) && !target.caching_mode {
+            let why = "the guest does not announce new entries (no caching mode)";
+            return Err(Refused::new(RefusalKind::Unsupported, why));
+        }
+        let old = lock(&target.state).seats.wanted();
+        self.ask_producer(target.space, old, old | wanted)
+    }
+
+    /// Tells the model that some have gone.
+    fn less_wanted(&self, domain: &Arc<DomainInner>, before: Kinds) {
+        let now = lock(&domain.state).seats.wanted();
+        // It cannot refuse that.
+        let _ = self.ask_producer(domain.space, before, now);
+    }
+
+    /// Moves one endpoint. On an error, `true`: it is where it was; `false`: it has nothing now.
+    fn move_one(
+        &self,
+        control: &mut Control,
+        id: EndpointId,
+        from: View,
+        to: View,
+        done: &mut Completion,
+    ) -> Result<(), (AttachErrorKind, bool)> {
+        let source = control.space_of(from).map_err(|kind| (kind, true))?;
+        let target = control.space_of(to).map_err(|kind| (kind, true))?;
+        let Some(member) = control.endpoints.get(&id) else {
+            return Err((AttachErrorKind::NoEndpoint(id), true));
+        };
+        let (shared, regions, binding) = (member.shared.clone(), member.regions.clone(), member.binding);
+        if let Some(binding) = binding {
+            self.rebind(control, binding, id, source.as_ref(), target.as_ref(), done)
+                .map_err(|refused| (AttachErrorKind::Refused(refused), true))?;
+        }
+        let wanted_before = source.as_ref().map(|s| lock(&s.state).seats.wanted());
+        // A mirror cannot be at two places, and a cache that fills must be told of steps where it fills from: between
+        // the old view and the new one there is none (L6).
+        let followed = look_at(control, source.as_ref(), id, |seats| !seats.wanted_by(id).is_empty());
+        if followed || target.is_none() {
+            shared.publish(|sight| sight.moved_to(None));
+        } else {
+            shared.publish(|sight| sight.moved_to(target.clone()));
+        }
+        let seats = match &source {
+            Some(source) => leave(source, id, done),
+            None => {
+                control.endpoints.get_mut(&id).map(|m| core::mem::take(&mut m.parked)).unwrap_or_default()
+            }
+        };
+        if let Some(source) = &source {
+            done.add_removal(&source.readers, Some(id.key()), &[IovaRange::ALL]);
+            let lent = source.readers.leases.meeting(&[IovaRange::ALL], Some(id.key()));
+            lent.iter().for_each(|lent| lent.revoke());
+        }
+        let outcome = match &target {
+            Some(target) => join(target, seats, Some(id), &regions, done),
+            None => {
+                put_seats(control, None, id, seats);
+                Ok(())
+            }
+        };
+        if let (Some(source), Some(before)) = (&source, wanted_before) {
+            self.less_wanted(source, before);
+        }
+        match outcome {
+            Ok(()) => {
+                shared.publish(|sight| sight.moved_to(target.clone()));
+                Ok(())
+            }
+            Err((seats, error)) => {
+                if let Some(target) = &target {
+                    let before = lock(&target.state).seats.wanted() | seats.wanted();
+                    self.less_wanted(target, before);
+                }
+                let kind = AttachErrorKind::Refused(refused_of(error));
+                let back = match &source {
+                    Some(source) => join(source, seats, Some(id), &regions, done).map_err(|(seats, _)| seats),
+                    None => Err(seats),
+                };
+                match back {
+                    Ok(()) => shared.publish(|sight| sight.moved_to(source.clone())),
+                    Err(seats) => {
+                        shared.publish(|sight| sight.moved_to(None));
+                        put_seats(control, None, id, seats);
+                        return Err((kind, source.is_none()));
+                    }
+                }
+                if let Some(binding) = binding {
+                    // The bound mirrors hold both; only the switch goes back.
+                    if self.rebind(control, binding, id, target.as_ref(), source.as_ref(), done).is_err() {
+                        return Err((kind, false));
+                    }
+                }
+                Err((kind, true))
+            }
+        }
+    }
+
+    /// Leaves an endpoint with nothing, after it could not be brought back.
+    fn block(&self, control: &mut Control, id: EndpointId, why: &str, done: &mut Completion) {
+        let Some(member) = control.endpoints.get_mut(&id) else { return };
+        member.attached = Some(View::Blocked);
+        member.shared.publish(|sight| sight.moved_to(None));
+        if let Some(binding) = member.binding.and_then(|b| control.bindings.get_mut(&b)) {
+            let _callback = CallbackScope::enter();
+            if binding.fence(id).is_err() {
+                done.set_stuck();
+            }
+        }
+        self.totals.alarm(&Incident::Blocked { endpoint: id, why: why.into() });
+    }
+
+    /// Switches the host from one shared mirror to another: made and filled before, emptied behind.
+    pub(crate) fn rebind(
+        &self,
+        control: &mut Control,
+        binding: u64,
+        id: EndpointId,
+        source: Option<&Arc<DomainInner>>,
+        target: Option<&Arc<DomainInner>>,
+        done: &mut Completion,
+    ) -> Result<(), Refused> {
+        let Control { bindings, endpoints, .. } = control;
+        let (Some(host), Some(member)) = (bindings.get_mut(&binding), endpoints.get(&id)) else {
+            return Ok(());
+        };
+        let bound = |domain: &Arc<DomainInner>| {
+            let state = lock(&domain.state);
+            state.seats.mirrors.iter().find(|s| s.binding == Some(binding)).map(|s| s.sub.clone())
+        };
+        let new = match target {
+            None => None,
+            Some(target) => Some(match bound(target) {
+                Some(sub) => sub,
+                None => {
+                    let mirror = {
+                        let _callback = CallbackScope::enter();
+                        host.mirror_for(target.space)?
+                    };
+                    let sub = Sub::new(self.next_id(), None, Vec::new(), self.this.clone());
+                    let mut seat = MirrorSeat::new(sub.clone(), Interest::MIRROR, mirror);
+                    seat.binding = Some(binding);
+                    self.check_produced(target, Kinds::MAP | Kinds::UNMAP)?;
+                    fits(target, &seat.lens, &[]).map_err(|(why, range)| {
+                        Refused::new(RefusalKind::Range, format!("{range}: {why}"))
+                    })?;
+                    let seats = Seats { mirrors: vec![seat], ..Seats::default() };
+                    join(target, seats, None, &Arc::from([]), done)
+                        .map_err(|(_, error)| refused_of(error))?;
+                    sub
+                }
+            }),
+        };
+        let to = target.map_or(Bound::Blocked, |t| Bound::Space(t.space));
+        let outcome = {
+            let _callback = CallbackScope::enter();
+            host.bind(id, to)
+        };
+        let abandon = |domain: &Arc<DomainInner>, sub: &Arc<Sub>, done: &mut Completion| {
+            sub.forsake(id);
+            if sub.serves_nobody() {
+                let before = lock(&domain.state).seats.wanted();
+                drop(leave_one(domain, sub.id(), done));
+                self.less_wanted(domain, before);
+            }
+        };
+        let ack = match outcome {
+            Ok(ack) => ack,
+            Err(refused) => {
+                if let (Some(target), Some(new)) = (target, &new) {
+                    abandon(target, new, done);
+                }
+                return Err(refused);
+            }
+        };
+        let old = source.and_then(|source| Some((source, bound(source)?)));
+        if let Some(new) = &new {
+            new.serve(&member.shared);
+        }
+        if let Ack::Pending(waiting) = ack {
+            let speaker = new.as_ref().or(old.as_ref().map(|(_, sub)| sub));
+            if let Some(sub) = speaker {
+                done.add_ack(sub, waiting);
+            }
+        }
+        if let Some((source, old)) = &old {
+            abandon(source, old, done);
+        }
+        Ok(())
+    }
+
+    fn tell_moved(&self, control: &Control, moved: impl Iterator<Item = (EndpointId, View)>) {
+        let _callback = CallbackScope::enter();
+        for (id, view) in moved {
+            for domain in control.spaces() {
+                let mut state = lock(&domain.state);
+                state.seats.observers.iter_mut().for_each(|seat| seat.observer.moved(id, view));
+            }
+        }
+    }
+}
+
+fn refused_of(error: ReplayError) -> Refused {
+    match error {
+        ReplayError::Refused(refused) => refused,
+        ReplayError::Fenced(why) => Refused::new(RefusalKind::Device, why),
+    }
+}
+
+/// L13: the host can only move a set as a whole.
+fn check_sets(
+    control: &Control,
+    movers: &[(EndpointId, View, View, Option<View>)],
+) -> Result<(), AttachErrorKind> {
+    let after: BTreeMap<EndpointId, View> = movers.iter().map(|m| (m.0, m.2)).collect();
+    for (id, _, to, _) in movers {
+        let Some(set) = control.endpoints.get(id).and_then(|m| m.set) else { continue };
+        for (other, member) in control.endpoints.iter().filter(|(_, m)| m.set == Some(set)) {
+            let view = after.get(other).copied().unwrap_or_else(|| control.view_of(member));
+            if view != *to {
+                return Err(AttachErrorKind::SplitsSet { endpoint: *id, with: *other });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_regions(target: &DomainInner, id: EndpointId, regions: &[Region]) -> Result<(), AttachErrorKind> {
+    let state = lock(&target.state);
+    for region in regions {
+        if let Some(m) = state.writer.next(region.range.start()).filter(|m| m.range.overlaps(region.range)) {
+            return Err(AttachErrorKind::Reserved { endpoint: id, region: region.range, mapping: m.range });
+        }
+    }
+    Ok(())
+}
+
+/// Looks at those who listen where `id` is now.
+fn look_at<R>(
+    control: &Control,
+    source: Option<&Arc<DomainInner>>,
+    id: EndpointId,
+    look: impl FnOnce(&Seats) -> R,
+) -> R {
+    match (source, control.endpoints.get(&id)) {
+        (Some(source), _) => look(&lock(&source.state).seats),
+        (None, Some(member)) => look(&member.parked),
+        (None, None) => look(&Seats::default()),
+    }
+}
+
+fn put_seats(control: &mut Control, source: Option<&Arc<DomainInner>>, id: EndpointId, seats: Seats) {
+    match source {
+        Some(source) => lock(&source.state).seats.append(seats),
+        None => {
+            if let Some(member) = control.endpoints.get_mut(&id) {
+                member.parked.append(seats);
+            }
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! Endpoints come and go, sets, bypass, domains end, reset.
+
+use crate::addr::IovaRange;
+use crate::deliver::Seats;
+use crate::domain::plan::Op;
+use crate::endpoint::{EndpointId, EndpointShared, View};
+use crate::error::{AttachError, AttachErrorKind, Cap};
+use crate::iommu::unit::{Control, Home, Member, Unit};
+use crate::iommu::{EndpointConfig, Iommu};
+use crate::quiesce::completion::Completion;
+use crate::quiesce::scope::{CallbackScope, StepScope};
+use crate::sync::lock;
+use crate::table::PAGE;
+
+/// What is reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResetKind {
+    /// The IOMMU alone, by its driver: bypass stays as it is.
+    Device,
+    /// The machine: bypass goes back to what it was at first.
+    System,
+}
+
+/// What a reset has left to do.
+#[derive(Debug)]
+#[must_use]
+pub struct Reset {
+    /// Resolves when nothing of what was mapped is in use any more.
+    pub completion: Completion,
+    /// Readers that were inside a guard at the reset, by endpoint and label: devices that were not stopped first.
+    pub inside: Vec<(EndpointId, String)>,
+}
+
+impl Iommu {
+    /// Takes everything back: all endpoints see the default view, all domains are gone. The devices behind are to be
+    /// stopped first.
+    ///
+    /// # Errors
+    /// See [`AttachErrorKind`]: the endpoints that refused their default view are blocked, and the reset goes on for all
+    /// others; the first refusal is what is told.
+    pub fn reset(&self, kind: ResetKind) -> Result<Reset, AttachError> {
+        let _scope = StepScope::enter().map_err(|_| AttachErrorKind::InCallback)?;
+        let mut control = lock(&self.unit.control);
+        let inside = control
+            .spaces()
+            .flat_map(|domain| domain.readers.inside())
+            .map(|slot| (EndpointId::from_key(slot.endpoint), slot.label.to_string()))
+            .collect();
+        let mut done = Completion::ready();
+        let mut refused = None;
+        // Bypass first, so that each endpoint moves once.
+        let ids: Vec<_> = control.endpoints.iter().map(|(id, m)| (*id, m.attached)).collect();
+        let attached: Vec<_> = ids.iter().filter(|(_, a)| a.is_some()).map(|(id, _)| *id).collect();
+        if kind == ResetKind::System && control.bypass != self.unit.config.initial_bypass {
+            match self.unit.switch_bypass(&mut control, self.unit.config.initial_bypass) {
+                Ok(completion) => done.merge(completion),
+                Err(error) => {
+                    done.merge(error.completion);
+                    refused = Some(error.kind);
+                }
+            }
+        }
+        for group in sets_of(&control, &attached) {
+            let moves: Vec<_> = group.iter().map(|id| (*id, None)).collect();
+            match self.unit.move_all(&mut control, &moves) {
+                Ok(completion) => done.merge(completion),
+                Err(error) => {
+                    done.merge(error.completion);
+                    refused = refused.or(Some(error.kind));
+                    let blocks: Vec<_> = group.iter().map(|id| (*id, Some(View::Blocked))).collect();
+                    match self.unit.move_all(&mut control, &blocks) {
+                        Ok(completion) => done.merge(completion),
+                        Err(error) => done.merge(error.completion),
+                    }
+                }
+            }
+        }
+        let domains: Vec<u32> = control.domains.keys().copied().collect();
+        for id in domains {
+            if control.endpoints_in(id).next().is_none() {
+                if let Some(completion) = self.unit.destroy_domain(&mut control, id) {
+                    done.merge(completion);
+                }
+            }
+        }
+        match refused {
+            None => Ok(Reset { completion: done, inside }),
+            Some(kind) => Err(AttachError { kind, blocked: Vec::new(), completion: done }),
+        }
+    }
+}
+
+/// Groups endpoints that move together.
+fn sets_of(control: &Control, ids: &[EndpointId]) -> Vec<Vec<EndpointId>> {
+    let mut groups: Vec<(Option<u64>, Vec<EndpointId>)> = Vec::new();
+    for id in ids {
+        let set = control.endpoints.get(id).and_then(|m| m.set);
+        match groups.iter_mut().find(|(other, _)| set.is_some() && *other == set) {
+            Some((_, group)) => group.push(*id),
+            None => groups.push((set, vec![*id])),
+        }
+    }
+    groups.into_iter().map(|(_, group)| group).collect()
+}
+
+impl Unit {
+    pub(crate) fn add_endpoint(&self, id: EndpointId, config: EndpointConfig) -> Result<(), AttachErrorKind> {
+        let mut control = lock(&self.control);
+        if control.endpoints.contains_key(&id) {
+            return Err(AttachErrorKind::Exists(id.to_string()));
+        }
+        if control.endpoints.len() >= self.config.endpoints {
+            return Err(AttachErrorKind::Cap(Cap::Endpoints));
+        }
+        let mut regions = config.regions;
+        regions.sort_by_key(|r| r.range);
+        for (at, region) in regions.iter().enumerate() {
+            let overlaps =
+                regions.iter().skip(at.saturating_add(1)).any(|next| next.range.overlaps(region.range));
+            if overlaps || !region.range.is_aligned(PAGE) {
+                return Err(AttachErrorKind::Regions(region.range));
+            }
+        }
+        let regions = regions.into();
+        // What an unattached requester sees with a PASID is nothing: bypass is for requests without one.
+        let attached = id.pasid.map(|_| View::Blocked);
+        let domain = control.space_of(attached.unwrap_or_else(|| control.default_view()))?;
+        let sight = control.sight(Some(id), &regions, self.config.faults.as_ref(), domain);
+        let shared = EndpointShared::new(Some(id), sight);
+        let parked = Seats::default();
+        control.endpoints.insert(id, Member { shared, attached, regions, parked, binding: None, set: None });
+        Ok(())
+    }
+
+    pub(crate) fn remove_endpoint(&self, id: EndpointId) -> Result<Completion, AttachErrorKind> {
+        let mut control = lock(&self.control);
+        if !control.endpoints.contains_key(&id) {
+            return Err(AttachErrorKind::NoEndpoint(id));
+        }
+        let mut done = Completion::ready();
+        let pasids = control.endpoints.keys().filter(|e| e.requester == id.requester && **e != id);
+        let pasids: Vec<_> = pasids.filter(|_| id.pasid.is_none()).copied().collect();
+        for id in pasids.into_iter().chain([id]) {
+            // A set of its own first: who goes splits nothing.
+            if let Some(member) = control.endpoints.get_mut(&id) {
+                member.set = None;
+            }
+            let gone = match self.move_all(&mut control, &[(id, Some(View::Blocked))]) {
+                Ok(completion) => completion,
+                Err(error) => error.completion,
+            };
+            done.merge(gone);
+            if let Some(member) = control.endpoints.remove(&id) {
+                member.shared.publish(|sight| sight.moved_to(None));
+                control.homes.retain(|_, home| *home != Home::Endpoint(id));
+                // The subscribers go with it: empty by now, or fenced.
+                let _callback = CallbackScope::enter();
+                drop(member.parked);
+            }
+        }
+        Ok(done)
+    }
+
+    pub(crate) fn isolate_together(&self, ids: &[EndpointId]) -> Result<(), AttachErrorKind> {
+        let mut control = lock(&self.control);
+        let mut first: Option<(EndpointId, View)> = None;
+        for id in ids {
+            let member = control.endpoints.get(id).ok_or(AttachErrorKind::NoEndpoint(*id))?;
+            let view = control.view_of(member);
+            let (with, seen) = *first.get_or_insert((*id, view));
+            if seen != view || member.set.is_some() {
+                return Err(AttachErrorKind::SplitsSet { endpoint: *id, with });
+            }
+        }
+        let set = control.next_set;
+        control.next_set = set.wrapping_add(1);
+        for id in ids {
+            if let Some(member) = control.endpoints.get_mut(id) {
+                member.set = Some(set);
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn set_bypass(&self, on: bool) -> Result<Completion, AttachError> {
+        let mut control = lock(&self.control);
+        self.switch_bypass(&mut control, on)
+    }
+
+    fn switch_bypass(&self, control: &mut Control, on: bool) -> Result<Completion, AttachError> {
+        if control.bypass == on {
+            return Ok(Completion::ready());
+        }
+        let idle = control.endpoints.iter().filter(|(_, m)| m.attached.is_none()).map(|(id, _)| *id);
+        let idle: Vec<_> = idle.collect();
+        // Moved as if each were attached to what the switch will say, then left to the switch.
+        let to = if on { View::Identity } else { View::Blocked };
+        let moves: Vec<_> = idle.iter().map(|id| (*id, Some(to))).collect();
+        // Who is fenced stays where it is: nowhere.
+        let moves: Vec<_> = moves
+            .into_iter()
+            .filter(|(id, _)| control.endpoints.get(id).is_some_and(|m| !m.shared.sight().1.fenced))
+            .collect();
+        let moved = self.move_all(control, &moves);
+        let blocked = moved.as_ref().err().map(|e| e.blocked.clone()).unwrap_or_default();
+        for id in idle.iter().filter(|id| !blocked.contains(id)) {
+            if let Some(member) = control.endpoints.get_mut(id) {
+                member.attached = None;
+            }
+        }
+        let completion = moved?;
+        control.bypass = on;
+        Ok(completion)
+    }
+
+    /// Ends a domain that no endpoint sees.
+    pub(crate) fn destroy_domain(&self, control: &mut Control, id: u32) -> Option<Completion> {
+        let domain = control.domains.remove(&id)?;
+        let mut done = Completion::ready();
+        let mut state = lock(&domain.state);
+        state.may_cut = true;
+        let gone = domain.run(&mut state, &[Op::Unmap(IovaRange::ALL)], false, &mut done);
+        debug_assert!(gone.is_ok(), "a removal cannot be refused");
+        state.dead = true;
+        let seats = core::mem::take(&mut state.seats);
+        drop(state);
+        let space = domain.space;
+        control.homes.retain(|_, home| *home != Home::Space(space));
+        let _callback = CallbackScope::enter();
+        drop(seats);
+        Some(done)
+    }
+}

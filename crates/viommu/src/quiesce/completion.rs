@@ -1,0 +1,385 @@
+//! Completions: the answer to "is it over?".
+
+use core::fmt;
+use core::future::Future;
+use core::pin::Pin;
+use core::task::{Context, Poll, Waker};
+use std::task::Wake;
+use std::time::{Duration, Instant};
+
+use crate::ack::Waiting;
+use crate::addr::IovaRange;
+use crate::deliver::Sub;
+use crate::endpoint::EndpointId;
+use crate::quiesce::lease::Lent;
+use crate::quiesce::scope::in_callback;
+use crate::quiesce::slot::{Grace, thread_holds_a_guard};
+use crate::quiesce::space::Space;
+use crate::sync::{Arc, Ordering};
+
+/// Ranges remembered one by one; beyond that their hull, which only ever waits for more.
+const RANGES: usize = 32;
+
+/// Resolves when no access uses any more what its step took away.
+///
+/// That is: every consumer has acknowledged, and every guard, and every lease that meets what was removed, has ended
+/// that began before the last of them did. A model answers its guest only then. It can be polled
+/// ([`Completion::is_complete`]), waited on ([`Completion::wait`]) or awaited (it is a [`Future`]); several merge
+/// into one. One that is dropped while pending is counted (see [`Iommu::dropped`](crate::Iommu::dropped)), and the
+/// step has happened all the same.
+#[must_use = "the guest may be answered only when this has resolved"]
+pub struct Completion(Option<Box<Work>>);
+
+struct Work {
+    acks: Vec<(Arc<Sub>, Waiting)>,
+    places: Vec<Place>,
+    phase: Phase,
+    /// A fence did not hold: this never resolves.
+    stuck: bool,
+    /// When it was first found pending.
+    since: Option<Instant>,
+}
+
+enum Phase {
+    /// Waiting for consumers; the guards have not been read.
+    Acks,
+    /// Waiting for the guards that were inside at the reading.
+    Guards(Grace),
+    /// Waiting for leases.
+    Leases(Vec<Arc<Lent>>),
+}
+
+/// What was taken away where.
+struct Place {
+    space: Arc<Space>,
+    /// Only this endpoint has lost it; `None`: everybody.
+    endpoint: Option<u64>,
+    ranges: Vec<IovaRange>,
+}
+
+/// What keeps a [`Completion`] from resolving.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blocker {
+    /// Whose it is; `None` for a consumer that serves several.
+    pub endpoint: Option<EndpointId>,
+    /// The reader's or the lease's label, or the subscription's number.
+    pub label: String,
+    /// What it is.
+    pub kind: BlockerKind,
+    /// How long the completion has been waiting, from its first poll on.
+    pub age: Duration,
+}
+
+/// Kinds of [`Blocker`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockerKind {
+    /// A consumer has not acknowledged.
+    Ack,
+    /// A guard is still held.
+    Guard,
+    /// A lease has not been given back.
+    Lease,
+    /// A device could not be fenced: the virtual machine must be stopped.
+    FenceFailed,
+}
+
+/// Why a wait ended without the completion.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WaitError {
+    /// This thread holds a guard: it would wait for itself.
+    #[error("waiting while this thread holds a guard")]
+    HoldingGuard,
+    /// This thread is inside a subscriber's callback.
+    #[error("waiting inside a subscriber's callback")]
+    InCallback,
+    /// Time is up. The embedder chooses: wait on, reset the device, stop the virtual machine.
+    #[error("not complete in time: {} blockers", .0.len())]
+    TimedOut(Vec<Blocker>),
+    /// A device could not be fenced: this never resolves, and the virtual machine must be stopped.
+    #[error("a device could not be fenced")]
+    FenceFailed,
+}
+
+impl Completion {
+    /// One that is over.
+    pub const fn ready() -> Self {
+        Self(None)
+    }
+
+    pub(crate) fn removal(space: &Arc<Space>, endpoint: Option<u64>, ranges: Vec<IovaRange>) -> Self {
+        let mut this = Self::ready();
+        this.add_removal(space, endpoint, &ranges);
+        this
+    }
+
+    /// Whether nothing is awaited at all.
+    #[inline]
+    pub(crate) fn is_ready(&self) -> bool {
+        self.0.is_none()
+    }
+
+    fn work(&mut self) -> &mut Work {
+        self.0.get_or_insert_with(|| {
+            let phase = Phase::Acks;
+            Box::new(Work { acks: Vec::new(), places: Vec::new(), phase, stuck: false, since: None })
+        })
+    }
+
+    /// Something was taken away in `space`. To be called before the first poll.
+    pub(crate) fn add_removal(&mut self, space: &Arc<Space>, endpoint: Option<u64>, ranges: &[IovaRange]) {
+        self.work().add(space, endpoint, ranges);
+    }
+
+    pub(crate) fn add_ack(&mut self, sub: &Arc<Sub>, waiting: Waiting) {
+        self.work().acks.push((sub.clone(), waiting));
+    }
+
+    pub(crate) fn set_stuck(&mut self) {
+        self.work().stuck = true;
+    }
+
+    /// Both as one. The guards are read once for the two, at the next poll.
+    pub fn merge(&mut self, mut other: Self) {
+        let Some(theirs) = other.0.as_deref_mut() else { return };
+        let ours = self.work();
+        // What was read before stays valid; reading again later only ever waits for more.
+        ours.phase = Phase::Acks;
+        ours.acks.append(&mut theirs.acks);
+        for place in core::mem::take(&mut theirs.places) {
+            ours.add(&place.space, place.endpoint, &place.ranges);
+            place.space.outstanding.fetch_sub(1, Ordering::Relaxed);
+        }
+        ours.stuck |= theirs.stuck;
+        other.0 = None;
+    }
+
+    /// Whether it is over. Never blocks.
+    pub fn is_complete(&mut self) -> bool {
+        self.advance(None)
+    }
+
+    /// Whether it can never resolve since a device could not be fenced.
+    #[must_use]
+    pub fn is_stuck(&self) -> bool {
+        self.0.as_ref().is_some_and(|work| work.stuck)
+    }
+
+    fn advance(&mut self, waker: Option<&Waker>) -> bool {
+        let Some(work) = self.0.as_mut() else { return true };
+        if work.advance(waker) {
+            self.0 = None;
+            return true;
+        }
+        work.since.get_or_insert_with(Instant::now);
+        false
+    }
+
+    /// What it waits for now.
+    #[must_use]
+    pub fn blockers(&self) -> Vec<Blocker> {
+        self.0.as_ref().map_or_else(Vec::new, |work| work.blockers())
+    }
+
+    /// Blocks until it is over.
+    ///
+    /// # Errors
+    /// [`WaitError::HoldingGuard`], [`WaitError::InCallback`]: at once, nothing has been waited for.
+    /// [`WaitError::FenceFailed`]: it never will be over.
+    pub fn wait(mut self) -> Result<(), WaitError> {
+        self.wait_until(None)
+    }
+
+    /// Blocks until it is over, or for `limit`; it can be waited on again.
+    ///
+    /// # Errors
+    /// As [`Completion::wait`], and [`WaitError::TimedOut`] with what it still waits for.
+    pub fn wait_timeout(&mut self, limit: Duration) -> Result<(), WaitError> {
+        self.wait_until(Some(limit))
+    }
+
+    fn wait_until(&mut self, limit: Option<Duration>) -> Result<(), WaitError> {
+        if self.0.is_none() {
+            return Ok(());
+        }
+        if in_callback() {
+            return Err(WaitError::InCallback);
+        }
+        if thread_holds_a_guard() {
+            return Err(WaitError::HoldingGuard);
+        }
+        // Guards are short: most waits end here, without a system call.
+        for _ in 0..100 {
+            if self.is_complete() {
+                return Ok(());
+            }
+            core::hint::spin_loop();
+        }
+        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+        let waker = Waker::from(std::sync::Arc::new(Unpark(std::thread::current())));
+        loop {
+            if self.advance(Some(&waker)) {
+                return Ok(());
+            }
+            if self.is_stuck() {
+                return Err(WaitError::FenceFailed);
+            }
+            match deadline {
+                None => std::thread::park(),
+                Some(deadline) => match deadline.checked_duration_since(Instant::now()) {
+                    Some(left) if !left.is_zero() => std::thread::park_timeout(left),
+                    _ => return Err(WaitError::TimedOut(self.blockers())),
+                },
+            }
+        }
+    }
+}
+
+struct Unpark(std::thread::Thread);
+
+impl Wake for Unpark {
+    fn wake(self: std::sync::Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+impl Work {
+    fn add(&mut self, space: &Arc<Space>, endpoint: Option<u64>, ranges: &[IovaRange]) {
+        let same = |p: &&mut Place| p.endpoint == endpoint && Arc::ptr_eq(&p.space, space);
+        if let Some(place) = self.places.iter_mut().find(same) {
+            for range in ranges {
+                if place.ranges.len() < RANGES {
+                    place.ranges.push(*range);
+                } else if let Some(hull) = place.ranges.first_mut() {
+                    *hull = hull.hull(*range);
+                }
+            }
+            return;
+        }
+        space.outstanding.fetch_add(1, Ordering::Relaxed);
+        self.places.push(Place { space: space.clone(), endpoint, ranges: ranges.to_vec() });
+    }
+
+    fn advance(&mut self, waker: Option<&Waker>) -> bool {
+        if self.stuck {
+            return false;
+        }
+        loop {
+            match &mut self.phase {
+                Phase::Acks => {
+                    while let Some((sub, waiting)) = self.acks.last_mut() {
+                        match waiting.poll(waker) {
+                            None => return false,
+                            Some(true) => {}
+                            // Fencing takes locks that this thread may hold now.
+                            Some(false) if in_callback() => return false,
+                            Some(false) => {
+                                if !sub.fence("a call was answered with a failure") {
+                                    self.stuck = true;
+                                    return false;
+                                }
+                            }
+                        }
+                        self.acks.pop();
+                    }
+                    let mut grace = Grace::default();
+                    for place in &self.places {
+                        grace.pending.extend(place.space.grace_of(place.endpoint).pending);
+                    }
+                    self.phase = Phase::Guards(grace);
+                }
+                Phase::Guards(grace) => {
+                    let over = match waker {
+                        Some(waker) => grace.poll(waker),
+                        None => grace.is_over(),
+                    };
+                    if !over {
+                        return false;
+                    }
+                    let mut leases = Vec::new();
+                    for place in &self.places {
+                        leases.extend(place.space.leases.meeting(&place.ranges, place.endpoint));
+                    }
+                    leases.iter().for_each(|lent| lent.revoke());
+                    self.phase = Phase::Leases(leases);
+                }
+                Phase::Leases(leases) => {
+                    while let Some(lent) = leases.last() {
+                        if !waker.map_or_else(|| lent.is_over(), |waker| lent.poll(waker)) {
+                            return false;
+                        }
+                        leases.pop();
+                    }
+                    return true;
+                }
+            }
+        }
+    }
+
+    fn blockers(&self) -> Vec<Blocker> {
+        let age = self.since.map_or(Duration::ZERO, |since| since.elapsed());
+        let blocker = |endpoint, label: &str, kind| Blocker { endpoint, label: label.into(), kind, age };
+        let mut blockers = Vec::new();
+        if self.stuck {
+            blockers.push(blocker(None, "fence", BlockerKind::FenceFailed));
+        }
+        for (sub, _) in &self.acks {
+            blockers.push(blocker(sub.endpoint(), &format!("subscription {}", sub.id()), BlockerKind::Ack));
+        }
+        match &self.phase {
+            Phase::Acks => {}
+            Phase::Guards(grace) => blockers.extend(grace.pending.iter().map(|(slot, _)| {
+                blocker(Some(EndpointId::from_key(slot.endpoint)), &slot.label, BlockerKind::Guard)
+            })),
+            Phase::Leases(leases) => blockers.extend(leases.iter().map(|lent| {
+                blocker(Some(EndpointId::from_key(lent.endpoint)), &lent.label, BlockerKind::Lease)
+            })),
+        }
+        blockers
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        for place in &self.places {
+            place.space.outstanding.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Completion {
+    fn drop(&mut self) {
+        if self.0.is_some() && !self.advance(None) {
+            dropped_pending();
+        }
+    }
+}
+
+static DROPPED: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+
+#[cold]
+fn dropped_pending() {
+    DROPPED.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    #[cfg(feature = "tracing")]
+    tracing::warn!("a completion was dropped while pending: a guest may have been answered too early");
+}
+
+/// Completions dropped while pending, in this process.
+pub(crate) fn dropped() -> u64 {
+    DROPPED.load(std::sync::atomic::Ordering::Relaxed)
+}
+
+impl Future for Completion {
+    type Output = ();
+
+    /// Stays pending for ever when a device could not be fenced ([`Completion::is_stuck`]).
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if self.advance(Some(cx.waker())) { Poll::Ready(()) } else { Poll::Pending }
+    }
+}
+
+impl fmt::Debug for Completion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Completion").field("blockers", &self.blockers()).finish_non_exhaustive()
+    }
+}
