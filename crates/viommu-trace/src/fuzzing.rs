@@ -1,6 +1,6 @@
 //! Bodies of fuzz targets: plain functions, so that they run as tests too.
 
-use std::io::{self, Read};
+use std::io;
 
 use crate::event::Entry;
 use crate::format::Writer;
@@ -42,19 +42,4 @@ pub fn fuzz_reader(data: &[u8]) {
         }
     }
     assert!(matches!(again.next(), Ok(None)));
-}
-
-/// An endless source of one byte sequence, for tests of bounded memory.
-#[derive(Debug)]
-pub struct Endless(pub &'static [u8]);
-
-impl Read for Endless {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let mut at = 0;
-        while let Some(room) = buf.get_mut(at..at + self.0.len()).filter(|room| !room.is_empty()) {
-            room.copy_from_slice(self.0);
-            at += self.0.len();
-        }
-        Ok(at)
-    }
 }

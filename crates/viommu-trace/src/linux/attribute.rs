@@ -353,6 +353,10 @@ impl Attributor {
                 break;
             }
         }
+        // A flush names what it flushes to the byte. One that is wider gathers what others unmapped.
+        if page == 1 && left > 0 {
+            found.clear();
+        }
         found
     }
 
