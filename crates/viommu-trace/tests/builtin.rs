@@ -1,7 +1,7 @@
 //! The history that the program `viommu` brings along.
 #![cfg(feature = "compression")]
 
-#[expect(dead_code, reason = "not every test uses every helper")]
+#[expect(dead_code, reason = "not every test uses all of it")]
 mod common;
 
 use common::{drain, kinds};

@@ -1,6 +1,6 @@
 //! Linux trace text of real guests: what is attributed is right, the rest is counted.
 
-#[expect(dead_code, reason = "not every test uses every helper")]
+#[expect(dead_code, reason = "not every test uses all of it")]
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};

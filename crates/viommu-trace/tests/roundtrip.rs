@@ -1,6 +1,6 @@
 //! What is written is read, whatever it is.
 
-#[expect(dead_code, reason = "not every test uses every helper")]
+#[expect(dead_code, reason = "not every test uses all of it")]
 mod common;
 
 use std::io::Cursor;
@@ -114,7 +114,7 @@ fn entry() -> impl Strategy<Value = Entry> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
 
     #[test]
     fn entries_survive_writing_and_reading(entries in prop::collection::vec(entry(), 0..200)) {
