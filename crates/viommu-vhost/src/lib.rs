@@ -1,2 +1,8 @@
-//! vhost consumers.
+//! vhost consumers of [`viommu`].
+//!
+//! [`software`] is a device IOTLB without a kernel: the same rules and capacity. It is a test double for a vhost
+//! back-end, and an oracle for what its device could reach.
 #![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+pub mod software;
