@@ -120,7 +120,9 @@ fn targets(context: &Context) -> anyhow::Result<Vec<String>> {
 }
 
 /// The flags under which libFuzzer sees which branches and comparisons an input reaches, as cargo-fuzz sets them.
-const FLAGS: [&str; 8] = [
+/// Lints are clippy's stage.
+const FLAGS: [&str; 9] = [
+    "-Awarnings",
     "--cfg=fuzzing",
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",

@@ -114,7 +114,7 @@ impl Filter {
         }
 
         let first = plain.split_whitespace().next().unwrap_or("");
-        let indented = plain.starts_with("  ");
+        let indented = plain.starts_with(' ');
         if indented && (first == "Running" || first == "Doc-tests") {
             self.title = Some(line.to_owned());
             return Vec::new();
@@ -221,7 +221,8 @@ mod tests {
     }
 
     #[test]
-    fn filter_knows_progress_in_colour() {
+    fn filter_knows_progress_with_little_indent_and_in_colour() {
+        assert!(passed_on(&[" Documenting a v0.1.0"]).0.is_empty());
         assert!(passed_on(&["\u{1b}[1m\u{1b}[92m   Compiling\u{1b}[0m a v0.1.0"]).0.is_empty());
     }
 }
