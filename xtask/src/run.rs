@@ -124,6 +124,7 @@ impl Filter {
             || (plain.starts_with("running ") && (plain.ends_with(" tests") || plain.ends_with(" test")))
             || (plain.starts_with("test ") && plain.ends_with(" ok"))
             || is_fuzzing(&plain)
+            || plain == "warning: aborting upload due to dry run"
             || (passed == Some(0) && plain.contains("test result: ok"));
         if nothing {
             return Vec::new();

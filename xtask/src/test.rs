@@ -49,7 +49,7 @@ pub(crate) const STAGES: [Stage; 15] = [
         run: |context| counted(shuttle(context, None)),
     },
     Stage { name: "fuzz-smoke", about: "a short run of each fuzz target", run: fuzz::smoke },
-    Stage { name: "publish", about: "the crates can be packaged", run: publish },
+    Stage { name: "publish", about: "the crates can be packaged, and built from the packages", run: publish },
 ];
 
 fn fmt(context: &Context) -> anyhow::Result<Outcome> {
@@ -150,11 +150,11 @@ fn model(context: &Context, checker: &str, filter: Option<&str>) -> anyhow::Resu
     tested(context, command)
 }
 
-/// Packages and checks what would be uploaded. What is packaged has been built by the stages before: not again.
+/// Packages what would be uploaded, and builds it from the packages: a file that one lacks is found out.
 fn publish(context: &Context) -> anyhow::Result<Outcome> {
-    let arguments = ["publish", "--workspace", "--dry-run", "--allow-dirty", "--no-verify"];
+    let arguments = ["publish", "--workspace", "--dry-run", "--allow-dirty"];
     run(context, context.cargo(&arguments))?;
-    Ok(Outcome::Passed(format!("{} crates packaged, not built again", context.published().count())))
+    Ok(Outcome::Passed(format!("{} crates", context.published().count())))
 }
 
 /// Looks at what published crates are built from; the standard library's age is clippy's to check.
