@@ -73,7 +73,7 @@ fn shown(command: &Command) -> String {
 }
 
 /// The words with which cargo reports progress.
-const PROGRESS: [&str; 18] = [
+const PROGRESS: [&str; 19] = [
     "Adding",
     "Archiving",
     "Blocking",
@@ -89,6 +89,7 @@ const PROGRESS: [&str; 18] = [
     "Locking",
     "Packaged",
     "Packaging",
+    "Unpacking",
     "Updating",
     "Uploading",
     "Verifying",
