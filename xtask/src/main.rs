@@ -1,2 +1,68 @@
-//! The chores.
-fn main() {}
+//! The chores of the project: `cargo xtask test` and its stages, and fuzzing.
+#![forbid(unsafe_code)]
+
+mod context;
+mod deny;
+mod fuzz;
+mod house;
+mod run;
+mod stage;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::context::Context;
+
+/// The chores of the project.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", disable_help_subcommand = true)]
+struct Options {
+    /// Also print what cargo compiles and each test that passes.
+    #[arg(long, short, global = true)]
+    verbose: bool,
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// Runs every check and test, in stages.
+    Test(stage::Options),
+    /// Runs the loom models, all or those whose name contains FILTER.
+    Loom {
+        /// Part of a test's name.
+        filter: Option<String>,
+    },
+    /// Runs the shuttle schedules, all or those whose name contains FILTER.
+    Shuttle {
+        /// Part of a test's name.
+        filter: Option<String>,
+    },
+    /// Fuzzes one target with libFuzzer, or lists the targets.
+    Fuzz(fuzz::Options),
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    match chore(&options) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether all is well; the chore has said itself what is not.
+fn chore(options: &Options) -> anyhow::Result<bool> {
+    let context = Context::load(options.verbose)?;
+    match &options.chore {
+        Chore::Test(options) => stage::run(&test::STAGES, options, &context),
+        Chore::Loom { filter } => test::loom(&context, filter.as_deref()).map(|_| true),
+        Chore::Shuttle { filter } => test::shuttle(&context, filter.as_deref()).map(|_| true),
+        Chore::Fuzz(options) => fuzz::run(options, &context).map(|()| true),
+    }
+}

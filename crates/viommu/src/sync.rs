@@ -1,5 +1,8 @@
 //! The synchronisation that the crate is written against: std's, or a model checker's stand-ins for it.
 
+/// Std's, whatever the rest is made of: for what embedders hand in, and for what no schedule is checked.
+pub(crate) use std::sync::{Arc as StdArc, Mutex as StdMutex, MutexGuard as StdMutexGuard};
+
 #[cfg(not(any(loom, shuttle)))]
 pub(crate) use std::{
     sync::{
@@ -42,7 +45,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// As [`lock`], for what is not part of any model-checked protocol.
 #[track_caller]
-pub(crate) fn lock_std<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(crate) fn lock_std<T>(mutex: &StdMutex<T>) -> StdMutexGuard<'_, T> {
     match mutex.lock() {
         Ok(guard) => guard,
         Err(_) => poisoned(),

@@ -13,7 +13,7 @@ use crate::endpoint::{EndpointId, EndpointShared, Sight};
 use crate::iommu::unit::Unit;
 use crate::mapping::{Access, Mapping, Target};
 use crate::subscribe::{Interest, Kinds, Observer, Space};
-use crate::sync::{Arc, AtomicBool, Ordering, lock_std};
+use crate::sync::{Arc, AtomicBool, Ordering, StdMutex, lock_std};
 
 pub(crate) use cache::CacheSeat;
 pub(crate) use mirror::MirrorSeat;
@@ -24,7 +24,7 @@ pub(crate) struct Sub {
     endpoint: Option<EndpointId>,
     fenced: AtomicBool,
     /// The endpoints that it serves: cut off with it.
-    serves: std::sync::Mutex<Vec<Arc<EndpointShared>>>,
+    serves: StdMutex<Vec<Arc<EndpointShared>>>,
     unit: Weak<Unit>,
 }
 
@@ -35,7 +35,7 @@ impl Sub {
         serves: Vec<Arc<EndpointShared>>,
         unit: Weak<Unit>,
     ) -> Arc<Self> {
-        let serves = std::sync::Mutex::new(serves);
+        let serves = StdMutex::new(serves);
         Arc::new(Self { id, endpoint, fenced: AtomicBool::new(false), serves, unit })
     }
 

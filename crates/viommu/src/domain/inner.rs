@@ -10,7 +10,7 @@ use crate::mapping::Mapping;
 use crate::quiesce::space;
 use crate::reader::Walker;
 use crate::subscribe::Space;
-use crate::sync::{Arc, AtomicU64, Mutex};
+use crate::sync::{Arc, AtomicU64, Mutex, StdArc};
 use crate::table::{Table, Writer};
 
 /// Where the record of a domain comes from, which decides what its model can do about a refusal.
@@ -26,7 +26,7 @@ pub enum Tables {
     /// refused. While no mirror listens the record stays empty and the walker translates.
     Walked {
         /// Reads the guest's tables, or the model's IOTLB.
-        walker: std::sync::Arc<dyn Walker>,
+        walker: StdArc<dyn Walker>,
         /// Whether the guest announces new entries too (VT-d caching mode, AMD-Vi NpCache). Without it no mirror can
         /// be kept, and none may subscribe.
         caching_mode: bool,
@@ -49,7 +49,7 @@ pub(crate) struct DomainInner {
     pub(crate) space: Space,
     pub(crate) table: Arc<Table>,
     pub(crate) readers: Arc<space::Space>,
-    pub(crate) walker: Option<std::sync::Arc<dyn Walker>>,
+    pub(crate) walker: Option<StdArc<dyn Walker>>,
     pub(crate) caching_mode: bool,
     /// Odd while a change is being published: spans over several mappings are read again then.
     pub(crate) version: Line<AtomicU64>,

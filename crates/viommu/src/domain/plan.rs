@@ -47,11 +47,6 @@ impl Planned {
     pub(crate) fn is_empty(&self) -> bool {
         self.removed.is_empty() && self.added.is_empty()
     }
-
-    /// What enters the record.
-    pub(crate) fn added(&self) -> &[Mapping] {
-        &self.added
-    }
 }
 
 /// What of `map` touches `range`, ascending.

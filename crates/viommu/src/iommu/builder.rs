@@ -11,7 +11,7 @@ use crate::iommu::Iommu;
 use crate::iommu::unit::{Alarm, Config, Control, Totals, Unit, make_domain};
 use crate::reader::FaultSink;
 use crate::subscribe::{Producer, Space};
-use crate::sync::{Arc, AtomicU64, Mutex};
+use crate::sync::{Arc, AtomicU64, Mutex, StdArc};
 use crate::table::{Arena, PAGE};
 
 /// The most bytes of tables that a unit takes unless it is told otherwise: room for about 30 million dense 4 KiB
@@ -30,8 +30,8 @@ pub struct Builder {
     endpoints: usize,
     subscriptions: usize,
     alarm: Option<Alarm>,
-    faults: Option<std::sync::Arc<dyn FaultSink>>,
-    producer: Option<std::sync::Arc<dyn Producer>>,
+    faults: Option<StdArc<dyn FaultSink>>,
+    producer: Option<StdArc<dyn Producer>>,
     extents: Vec<Extent>,
 }
 
@@ -141,18 +141,18 @@ impl Builder {
     /// Who is told when a subscriber had to be cut off. Called with locks held: it must not call back into the unit.
     #[must_use]
     pub fn alarm(self, alarm: impl Fn(&Incident) + Send + Sync + 'static) -> Self {
-        Self { alarm: Some(std::sync::Arc::new(alarm)), ..self }
+        Self { alarm: Some(StdArc::new(alarm)), ..self }
     }
 
     /// Who hears of faults.
     #[must_use]
-    pub fn faults(self, faults: std::sync::Arc<dyn FaultSink>) -> Self {
+    pub fn faults(self, faults: StdArc<dyn FaultSink>) -> Self {
         Self { faults: Some(faults), ..self }
     }
 
     /// The model, to be asked when the kinds wanted change.
     #[must_use]
-    pub fn producer(self, producer: std::sync::Arc<dyn Producer>) -> Self {
+    pub fn producer(self, producer: StdArc<dyn Producer>) -> Self {
         Self { producer: Some(producer), ..self }
     }
 

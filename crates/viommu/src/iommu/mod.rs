@@ -14,7 +14,7 @@ use crate::domain::Domain;
 use crate::domain::inner::Tables;
 use crate::endpoint::{EndpointId, Region, View};
 use crate::error::{AttachError, AttachErrorKind, Cap};
-use crate::iommu::unit::{Member, Unit};
+use crate::iommu::unit::Unit;
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::StepScope;
 use crate::reader::Reader;
@@ -304,9 +304,5 @@ impl Endpoint {
     pub fn reader(&self, label: &str) -> Option<Reader> {
         let control = lock(&self.iommu.unit.control);
         control.endpoints.get(&self.id).map(|member| Reader::new(&member.shared, label))
-    }
-
-    pub(crate) fn member<R>(&self, f: impl FnOnce(&Member) -> R) -> Option<R> {
-        lock(&self.iommu.unit.control).endpoints.get(&self.id).map(f)
     }
 }

@@ -13,10 +13,10 @@ use crate::quiesce::completion::Completion;
 use crate::quiesce::space;
 use crate::reader::FaultSink;
 use crate::subscribe::{Binding, Kinds, Producer, Refused, Space};
-use crate::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
+use crate::sync::{Arc, AtomicU64, Mutex, Ordering, StdArc, lock};
 use crate::table::{Arena, Table};
 
-pub(crate) type Alarm = std::sync::Arc<dyn Fn(&Incident) + Send + Sync>;
+pub(crate) type Alarm = StdArc<dyn Fn(&Incident) + Send + Sync>;
 
 /// Shared by the unit and its domains: counted across them.
 pub(crate) struct Totals {
@@ -63,8 +63,8 @@ pub(crate) struct Config {
     pub(crate) domains: usize,
     pub(crate) endpoints: usize,
     pub(crate) subscriptions: usize,
-    pub(crate) faults: Option<std::sync::Arc<dyn FaultSink>>,
-    pub(crate) producer: Option<std::sync::Arc<dyn Producer>>,
+    pub(crate) faults: Option<StdArc<dyn FaultSink>>,
+    pub(crate) producer: Option<StdArc<dyn Producer>>,
 }
 
 pub(crate) struct Unit {
@@ -253,7 +253,7 @@ impl Control {
         &self,
         id: Option<EndpointId>,
         regions: &Arc<[Region]>,
-        faults: Option<&std::sync::Arc<dyn FaultSink>>,
+        faults: Option<&StdArc<dyn FaultSink>>,
         domain: Option<Arc<DomainInner>>,
     ) -> Sight {
         Sight {

@@ -4,6 +4,7 @@ use core::fmt;
 use core::future::Future;
 use core::pin::Pin;
 use core::task::{Context, Poll, Waker};
+use std::sync::atomic::AtomicU64 as StdAtomicU64;
 use std::task::Wake;
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use crate::quiesce::lease::Lent;
 use crate::quiesce::scope::in_callback;
 use crate::quiesce::slot::{Grace, thread_holds_a_guard};
 use crate::quiesce::space::Space;
-use crate::sync::{Arc, Ordering};
+use crate::sync::{Arc, Ordering, StdArc};
 
 /// Ranges remembered one by one; beyond that their hull, which only ever waits for more.
 const RANGES: usize = 32;
@@ -105,12 +106,6 @@ impl Completion {
     /// One that is over.
     pub const fn ready() -> Self {
         Self(None)
-    }
-
-    pub(crate) fn removal(space: &Arc<Space>, endpoint: Option<u64>, ranges: Vec<IovaRange>) -> Self {
-        let mut this = Self::ready();
-        this.add_removal(space, endpoint, &ranges);
-        this
     }
 
     /// Whether nothing is awaited at all.
@@ -216,7 +211,7 @@ impl Completion {
             core::hint::spin_loop();
         }
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
-        let waker = Waker::from(std::sync::Arc::new(Unpark(std::thread::current())));
+        let waker = Waker::from(StdArc::new(Unpark(std::thread::current())));
         loop {
             if self.advance(Some(&waker)) {
                 return Ok(());
@@ -238,7 +233,7 @@ impl Completion {
 struct Unpark(std::thread::Thread);
 
 impl Wake for Unpark {
-    fn wake(self: std::sync::Arc<Self>) {
+    fn wake(self: StdArc<Self>) {
         self.0.unpark();
     }
 }
@@ -355,18 +350,19 @@ impl Drop for Completion {
     }
 }
 
-static DROPPED: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+// Std's: a static must be const, and no schedule depends on it.
+static DROPPED: StdAtomicU64 = StdAtomicU64::new(0);
 
 #[cold]
 fn dropped_pending() {
-    DROPPED.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    DROPPED.fetch_add(1, Ordering::Relaxed);
     #[cfg(feature = "tracing")]
     tracing::warn!("a completion was dropped while pending: a guest may have been answered too early");
 }
 
 /// Completions dropped while pending, in this process.
 pub(crate) fn dropped() -> u64 {
-    DROPPED.load(std::sync::atomic::Ordering::Relaxed)
+    DROPPED.load(Ordering::Relaxed)
 }
 
 impl Future for Completion {

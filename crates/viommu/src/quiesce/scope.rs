@@ -17,7 +17,7 @@ thread_local! {
 /// The call was made inside a subscriber's callback.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("called inside a subscriber's callback")]
-pub struct InCallback;
+pub(crate) struct InCallback;
 
 /// A step on this thread. Made before any lock is taken, so that it ends after all are released.
 pub(crate) struct StepScope(());

@@ -85,11 +85,4 @@ impl Space {
     pub(crate) fn inside(&self) -> Vec<Arc<Slot>> {
         self.grace().pending.into_iter().map(|(slot, _)| slot).collect()
     }
-
-    /// Readers of this space, those that have left in the middle of a stay included.
-    pub(crate) fn readers(&self) -> usize {
-        let mut members = lock(&self.members);
-        members.retain(|m| !m.is_gone());
-        members.len()
-    }
 }

@@ -11,7 +11,7 @@ use crate::addr::Gpa;
 use crate::mapping::{Access, Target};
 
 /// The smallest page that the record can hold, in bytes.
-pub const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 
 /// What one address translates to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
