@@ -215,7 +215,8 @@ impl<M: Mirror> Failing<M> {
 
 impl<M: Mirror> Mirror for Failing<M> {
     fn reach(&self) -> Reach {
-        self.inner.reach()
+        // The ends of steps tell a call of the guest's from the undo behind a refusal.
+        Reach { batches: true, ..self.inner.reach() }
     }
 
     fn begin(&mut self) {

@@ -80,6 +80,7 @@ impl Mirror for SoftwareMirror {
             entries: Some(config.dma_entry_limit),
             replace: false,
             wide_unmap: true,
+            batches: false,
             mmio: self.mmio,
             out_of_reach: self.out_of_reach,
         }
