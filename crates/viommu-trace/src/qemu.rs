@@ -336,7 +336,7 @@ mod tests {
             ),
             Event::Map {
                 domain: 2,
-                range: IovaRange::all(),
+                range: IovaRange::ALL,
                 gpa: Gpa(0x8f5_8000),
                 access: Access::RW,
                 target: Target::Mmio
