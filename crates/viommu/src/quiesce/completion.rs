@@ -16,10 +16,13 @@ use crate::quiesce::lease::Lent;
 use crate::quiesce::scope::in_callback;
 use crate::quiesce::slot::{Grace, thread_holds_a_guard};
 use crate::quiesce::space::Space;
-use crate::sync::{Arc, Ordering, StdArc};
+use crate::sync::{Arc, Ordering, StdArc, Thread, current, park, park_timeout, spin_loop};
 
 /// Ranges remembered one by one; beyond that their hull, which only ever waits for more.
 const RANGES: usize = 32;
+
+/// Polls before a wait parks. A model checker is to see the parking.
+const SPINS: u32 = if cfg!(shuttle) { 1 } else { 100 };
 
 /// Resolves when no access uses any more what its step took away.
 ///
@@ -204,14 +207,14 @@ impl Completion {
             return Err(WaitError::HoldingGuard);
         }
         // Guards are short: most waits end here, without a system call.
-        for _ in 0..100 {
+        for _ in 0..SPINS {
             if self.is_complete() {
                 return Ok(());
             }
-            core::hint::spin_loop();
+            spin_loop();
         }
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
-        let waker = Waker::from(StdArc::new(Unpark(std::thread::current())));
+        let waker = Waker::from(StdArc::new(Unpark(current())));
         loop {
             if self.advance(Some(&waker)) {
                 return Ok(());
@@ -220,9 +223,9 @@ impl Completion {
                 return Err(WaitError::FenceFailed);
             }
             match deadline {
-                None => std::thread::park(),
+                None => park(),
                 Some(deadline) => match deadline.checked_duration_since(Instant::now()) {
-                    Some(left) if !left.is_zero() => std::thread::park_timeout(left),
+                    Some(left) if !left.is_zero() => park_timeout(left),
                     _ => return Err(WaitError::TimedOut(self.blockers())),
                 },
             }
@@ -230,7 +233,7 @@ impl Completion {
     }
 }
 
-struct Unpark(std::thread::Thread);
+struct Unpark(Thread);
 
 impl Wake for Unpark {
     fn wake(self: StdArc<Self>) {

@@ -17,7 +17,7 @@ const STEP: u64 = 4;
 
 thread_local! {
     /// Guards that this thread holds, of any endpoint.
-    static HELD: Cell<u32> = Cell::new(0);
+    static HELD: Cell<u32> = const { Cell::new(0) };
 }
 
 /// Whether this thread holds a guard of any endpoint.

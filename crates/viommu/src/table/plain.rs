@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::sync::{Arc, RwLock};
 
 use super::{Cuts, Hit, InsertError, NoMemory};
 use crate::addr::{Iova, IovaRange};
 use crate::mapping::Mapping;
 use crate::quiesce::space::Space;
+use crate::sync::{Arc, RwLock};
 
 type Map = BTreeMap<u64, Mapping>;
 
