@@ -10,6 +10,7 @@ use crate::domain::inner::{DomainInner, DomainState, Line, Tables};
 use crate::endpoint::{EndpointId, EndpointShared, Region, Sight, View};
 use crate::error::{AttachErrorKind, Cap, Incident};
 use crate::quiesce::completion::Completion;
+use crate::quiesce::scope::{CallbackScope, StepScope};
 use crate::quiesce::space;
 use crate::reader::FaultSink;
 use crate::subscribe::{Binding, Kinds, Producer, Refused, Space};
@@ -160,10 +161,11 @@ pub(crate) fn make_domain(
 impl Unit {
     /// Fences a subscriber whose pending ack came back as a failure. `false`: it could not be fenced.
     pub(crate) fn fence(&self, id: u64, why: &str) -> bool {
+        let _scope = StepScope::enter();
         let mut control = lock(&self.control);
         let mut done = Completion::ready();
         let mut fence = |domain: &Arc<DomainInner>, seats: &mut Seats| {
-            let _callback = crate::quiesce::scope::CallbackScope::enter();
+            let _callback = CallbackScope::enter();
             for seat in seats.mirrors.iter_mut().filter(|s| s.sub.id() == id) {
                 domain.fence_seat(seat, why, &mut done);
             }
@@ -192,7 +194,7 @@ impl Unit {
     pub(crate) fn ask_producer(&self, space: Space, old: Kinds, new: Kinds) -> Result<(), Refused> {
         match &self.config.producer {
             Some(producer) if old != new => {
-                let _callback = crate::quiesce::scope::CallbackScope::enter();
+                let _callback = CallbackScope::enter();
                 producer.wanted_changed(space, old, new)
             }
             _ => Ok(()),

@@ -13,7 +13,7 @@ use crate::addr::IovaRange;
 use crate::deliver::Sub;
 use crate::endpoint::EndpointId;
 use crate::quiesce::lease::Lent;
-use crate::quiesce::scope::in_callback;
+use crate::quiesce::scope::{StepScope, after_the_step, in_callback, in_step};
 use crate::quiesce::slot::{Grace, thread_holds_a_guard};
 use crate::quiesce::space::Space;
 use crate::sync::{Arc, Ordering, StdArc, Thread, current, park, park_timeout, spin_loop};
@@ -298,7 +298,11 @@ impl Work {
                     for place in &self.places {
                         leases.extend(place.space.leases.meeting(&place.ranges, place.endpoint));
                     }
-                    leases.iter().for_each(|lent| lent.revoke());
+                    {
+                        // What its callback puts off runs behind it.
+                        let _scope = StepScope::enter();
+                        leases.iter().for_each(|lent| lent.revoke());
+                    }
                     self.phase = Phase::Leases(leases);
                 }
                 Phase::Leases(leases) => {
@@ -347,7 +351,14 @@ impl Drop for Work {
 
 impl Drop for Completion {
     fn drop(&mut self) {
-        if self.0.is_some() && !self.advance(None) {
+        if self.0.is_none() {
+            return;
+        }
+        if in_step() {
+            // A consumer that has failed is to be fenced, which takes locks that the step holds.
+            let rest = Self(self.0.take());
+            after_the_step(move || drop(rest));
+        } else if !self.advance(None) {
             dropped_pending();
         }
     }

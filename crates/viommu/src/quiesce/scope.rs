@@ -9,9 +9,9 @@ use crate::sync::thread_local;
 type Later = Box<dyn FnOnce()>;
 
 thread_local! {
-    static STEPS: Cell<u32> = Cell::new(0);
-    static CALLBACKS: Cell<u32> = Cell::new(0);
-    static LATER: RefCell<Vec<Later>> = RefCell::new(Vec::new());
+    static STEPS: Cell<u32> = const { Cell::new(0) };
+    static CALLBACKS: Cell<u32> = const { Cell::new(0) };
+    static LATER: RefCell<Vec<Later>> = const { RefCell::new(Vec::new()) };
 }
 
 /// The call was made inside a subscriber's callback.
@@ -75,6 +75,12 @@ impl Drop for CallbackScope {
 #[inline]
 pub(crate) fn in_callback() -> bool {
     CALLBACKS.with(Cell::get) != 0
+}
+
+/// Whether this thread is inside a step: it may hold locks of the core.
+#[inline]
+pub(crate) fn in_step() -> bool {
+    STEPS.with(Cell::get) != 0
 }
 
 /// Puts `f` off until the step that this callback belongs to is over.
