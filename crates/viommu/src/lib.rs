@@ -32,6 +32,9 @@ mod sync;
 #[cfg(not(loom))]
 mod table;
 
+#[cfg(all(test, shuttle))]
+mod shuttle_tests;
+
 #[cfg(not(loom))]
 pub use ack::Ack;
 pub use addr::{Gpa, GpaRange, Iova, IovaRange};

@@ -3,6 +3,8 @@
 #[cfg(not(loom))]
 pub(crate) mod completion;
 pub(crate) mod lease;
+#[cfg(all(test, loom))]
+mod loom_tests;
 pub(crate) mod published;
 #[cfg(not(loom))]
 pub(crate) mod scope;

@@ -1,0 +1,258 @@
+//! Subscribers come, are filled, replayed and leave beside steps.
+
+use shuttle::thread;
+
+use super::peers::{Exact, Pages, Shadow, find, holds};
+use super::*;
+use crate::ack::Resolver;
+use crate::change::Change;
+use crate::iommu::Subscription;
+use crate::subscribe::{Interest, Kinds, Observer, Reach, Space};
+
+fn steps(mut driver: Driver<3>, count: usize) -> thread::JoinHandle<Driver<3>> {
+    thread::spawn(move || {
+        for _ in 0..count {
+            let pages = driver.any_step();
+            driver.let_go(pages);
+        }
+        driver
+    })
+}
+
+fn any_reach() -> Reach {
+    let apertures = match roll(2) {
+        0 => vec![IovaRange::ALL],
+        // Not plain: extents go through the lens.
+        _ => vec![IovaRange::new(Iova(0), Iova(u64::MAX >> 1)).unwrap()],
+    };
+    Reach {
+        replace: roll(2) == 0,
+        wide_unmap: roll(2) == 0,
+        batches: roll(2) == 0,
+        apertures,
+        ..Reach::default()
+    }
+}
+
+fn check_mirror(subscription: &Subscription, shadow: &Mutex<Shadow>, driver: &Driver<3>) {
+    let audit = subscription.audit().unwrap();
+    assert!(audit.is_clean(), "{audit:?}");
+    let held: Vec<_> = shadow.lock().unwrap().held.values().copied().collect();
+    assert_eq!(held, driver.mappings());
+}
+
+/// A mirror is filled slice by slice while the record changes, twice.
+fn replay_beside_steps() {
+    let (_iommu, domain, endpoint) = domain_and_endpoint();
+    let mut driver = Driver::new(&domain, &Memory::new());
+    driver.map_all();
+    let driver = steps(driver, 3);
+    let (mirror, shadow) = Exact::new(any_reach());
+    let subscription = endpoint.subscribe_mirror(mirror, Interest::MIRROR).unwrap();
+    if roll(2) == 0 {
+        subscription.replay().unwrap().wait().unwrap();
+    } else {
+        subscription.reach_changed(any_reach()).unwrap().wait().unwrap();
+    }
+    let driver = driver.join().unwrap();
+    check_mirror(&subscription, &shadow, &driver);
+    subscription.leave().wait().unwrap();
+    assert!(shadow.lock().unwrap().held.is_empty());
+}
+
+#[test]
+fn mirror_filled_beside_steps_equals_the_record() {
+    check(3000, replay_beside_steps);
+}
+
+/// Two mirrors of one domain: one stays, the other leaves in the middle of a step.
+fn leave_beside_steps() {
+    let (_iommu, domain, endpoint) = domain_and_endpoint();
+    let mut driver = Driver::new(&domain, &Memory::new());
+    driver.map_all();
+    let (staying, staying_shadow) = Exact::new(any_reach());
+    let staying = endpoint.subscribe_mirror(staying, Interest::MIRROR).unwrap();
+    let (leaving, leaving_shadow) = Exact::new(any_reach());
+    let leaving = endpoint.subscribe_mirror(leaving, Interest::MIRROR).unwrap();
+    let driver = steps(driver, 2);
+    if roll(2) == 0 {
+        leaving.leave().wait().unwrap();
+    } else {
+        drop(leaving);
+    }
+    {
+        let mut shadow = leaving_shadow.lock().unwrap();
+        assert!(!shadow.running, "a callback still runs");
+        assert!(shadow.held.is_empty());
+        shadow.left = true;
+    }
+    let driver = driver.join().unwrap();
+    check_mirror(&staying, &staying_shadow, &driver);
+}
+
+#[test]
+fn leave_waits_for_a_running_callback_and_empties_the_mirror() {
+    check(2000, leave_beside_steps);
+}
+
+/// An observer that ends another subscription from inside its callback.
+struct Ender(Option<Subscription>);
+
+impl Observer for Ender {
+    fn changed(&mut self, _space: Space, _change: &Change) {
+        drop(self.0.take());
+    }
+}
+
+fn leave_inside_a_callback() {
+    let (_iommu, domain, endpoint) = domain_and_endpoint();
+    let mut driver = Driver::new(&domain, &Memory::new());
+    driver.map(0);
+    let (mirror, shadow) = Exact::new(any_reach());
+    let mirror = endpoint.subscribe_mirror(mirror, Interest::MIRROR).unwrap();
+    let (cache, entries) = Pages::new();
+    let cache = endpoint.subscribe_cache(cache, Interest::CACHE).unwrap();
+    let ender = Box::new(Ender(Some(mirror)));
+    let _ender = endpoint.subscribe_observer(ender, Interest::all_of(Kinds::MAP | Kinds::UNMAP)).unwrap();
+    let driver = steps(driver, 2);
+    let other = thread::spawn(move || {
+        let _ = cache.fill(Iova(0), Access::READ);
+        cache
+    });
+    driver.join().unwrap();
+    let cache = other.join().unwrap();
+    assert!(cache.audit().unwrap().is_clean(), "{entries:?}");
+    let shadow = shadow.lock().unwrap();
+    assert!(shadow.held.is_empty() && !shadow.running);
+}
+
+#[test]
+fn leave_inside_a_callback_takes_effect_after_the_step() {
+    check(1500, leave_inside_a_callback);
+}
+
+/// A device with a cache: a hit is used under a guard, a miss is filled.
+fn fills_beside_steps() {
+    let (_iommu, domain, endpoint) = domain_and_endpoint();
+    let memory = Memory::new();
+    let mut driver = Driver::<2>::new(&domain, &memory);
+    driver.map_all();
+    let (cache, entries) = Pages::new();
+    let subscription = Arc::new(endpoint.subscribe_cache(cache, Interest::CACHE).unwrap());
+    let devices = [0, 1].map(|at| {
+        let (endpoint, memory) = (endpoint.clone(), memory.clone());
+        let (entries, subscription) = (entries.clone(), subscription.clone());
+        thread::spawn(move || {
+            let mut reader = endpoint.reader("device").unwrap();
+            let iova = place(at).start();
+            for _ in 0..2 {
+                let guard = reader.enter();
+                if find(&entries, iova).is_none() {
+                    let _ = subscription.fill(iova, Access::READ);
+                }
+                if let Some(gpa) = find(&entries, iova) {
+                    memory.access(gpa);
+                    memory.access(gpa);
+                }
+                drop(guard);
+            }
+        })
+    });
+    for _ in 0..3 {
+        let pages = driver.any_step();
+        for page in pages {
+            assert!(!holds(&entries, page), "a stale entry");
+            memory.let_go(page);
+        }
+    }
+    devices.into_iter().for_each(|device| device.join().unwrap());
+    let audit = subscription.audit().unwrap();
+    assert!(audit.is_clean(), "{audit:?}");
+}
+
+#[test]
+fn fill_beside_steps_leaves_no_stale_entry() {
+    check(3000, fills_beside_steps);
+}
+
+/// Takes what acks there are, and answers them.
+fn answer(shadow: &Mutex<Shadow>, with: fn(Resolver)) -> usize {
+    let unresolved = core::mem::take(&mut shadow.lock().unwrap().unresolved);
+    let count = unresolved.len();
+    unresolved.into_iter().for_each(with);
+    count
+}
+
+/// A peer that answers from a thread of its own, `last` of its answers with `and_then`.
+fn peer(shadow: &Arc<Mutex<Shadow>>, stop: &Arc<AtomicBool>, with: fn(Resolver)) -> thread::JoinHandle<()> {
+    let (shadow, stop) = (shadow.clone(), stop.clone());
+    thread::spawn(move || {
+        while answer(&shadow, with) != 0 || !stop.load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
+    })
+}
+
+/// Every ack comes late, from another thread: steps and a leave wait for them.
+fn late_acks() {
+    let (iommu, domain, endpoint) = domain_and_endpoint();
+    let memory = Memory::new();
+    let (mirror, shadow) = Exact::late();
+    let stop = Arc::new(AtomicBool::new(false));
+    let peer = peer(&shadow, &stop, Resolver::done);
+    let subscription = endpoint.subscribe_mirror(mirror, Interest::MIRROR).unwrap();
+    let mut driver = Driver::<2>::new(&domain, &memory);
+    for _ in 0..2 {
+        let pages = driver.any_step();
+        driver.let_go(pages);
+    }
+    assert!(!subscription.is_fenced());
+    subscription.leave().wait().unwrap();
+    stop.store(true, Ordering::SeqCst);
+    peer.join().unwrap();
+    assert_eq!(iommu.outstanding(), 0);
+}
+
+#[test]
+fn late_acks_wake_who_waits_for_them() {
+    check(1000, late_acks);
+}
+
+/// Every ack is a failure, whoever polls it: the mirror is fenced, no matter under which locks the answer is dropped.
+fn failing_acks() {
+    let (_iommu, domain, endpoint) = domain_and_endpoint();
+    let memory = Memory::new();
+    domain.map(page_at(5, memory.page())).unwrap().wait().unwrap();
+    let (mirror, shadow) = Exact::late();
+    let stop = Arc::new(AtomicBool::new(false));
+    let peer = peer(&shadow, &stop, drop);
+    let device = thread::spawn({
+        let (memory, endpoint) = (memory.clone(), endpoint.clone());
+        move || batch(&mut endpoint.reader("device").unwrap(), &memory, 2)
+    });
+    let subscription = endpoint.subscribe_mirror(mirror, Interest::MIRROR).unwrap();
+    let driver = thread::spawn({
+        let mut driver = Driver::<2>::new(&domain, &memory);
+        move || {
+            driver.map_all();
+            let pages = driver.any_step();
+            driver.let_go(pages);
+        }
+    });
+    if roll(2) == 0 {
+        subscription.leave().wait().unwrap();
+    } else {
+        // It may be fenced by now.
+        let _ = subscription.replay().map(|done| done.wait());
+        drop(subscription);
+    }
+    driver.join().unwrap();
+    device.join().unwrap();
+    stop.store(true, Ordering::SeqCst);
+    peer.join().unwrap();
+}
+
+#[test]
+fn failing_acks_fence_without_a_deadlock() {
+    check(1500, failing_acks);
+}
