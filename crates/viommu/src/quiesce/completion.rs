@@ -16,7 +16,9 @@ use crate::quiesce::lease::Lent;
 use crate::quiesce::scope::{StepScope, after_the_step, in_callback, in_step};
 use crate::quiesce::slot::{Grace, thread_holds_a_guard};
 use crate::quiesce::space::Space;
-use crate::sync::{Arc, Ordering, StdArc, Thread, current, park, park_timeout, spin_loop};
+use crate::sync::{
+    Arc, Ordering, StdArc, StdMutex, Thread, current, lock_std, park, park_timeout, spin_loop,
+};
 
 /// Ranges remembered one by one; beyond that their hull, which only ever waits for more.
 const RANGES: usize = 32;
@@ -30,7 +32,7 @@ const SPINS: u32 = if cfg!(shuttle) { 1 } else { 100 };
 /// that began before the last of them did. A model answers its guest only then. It can be polled
 /// ([`Completion::is_complete`]), waited on ([`Completion::wait`]) or awaited (it is a [`Future`]); several merge
 /// into one. One that is dropped while pending is counted (see [`Iommu::dropped`](crate::Iommu::dropped)), and the
-/// step has happened all the same.
+/// step has happened all the same; a consumer that fails later is still fenced.
 #[must_use = "the guest may be answered only when this has resolved"]
 pub struct Completion(Option<Box<Work>>);
 
@@ -318,6 +320,13 @@ impl Work {
         }
     }
 
+    /// Nobody will poll any more: each consumer is followed by itself.
+    fn abandon(&mut self) {
+        for (sub, waiting) in self.acks.drain(..) {
+            StdArc::new(Orphan { sub, waiting: StdMutex::new(waiting) }).settle();
+        }
+    }
+
     fn blockers(&self) -> Vec<Blocker> {
         let age = self.since.map_or(Duration::ZERO, |since| since.elapsed());
         let blocker = |endpoint, label: &str, kind| Blocker { endpoint, label: label.into(), kind, age };
@@ -341,6 +350,33 @@ impl Work {
     }
 }
 
+/// An ack whose completion was dropped: a consumer that fails is fenced all the same.
+struct Orphan {
+    sub: Arc<Sub>,
+    waiting: StdMutex<Waiting>,
+}
+
+impl Orphan {
+    fn settle(self: StdArc<Self>) {
+        let waker = Waker::from(self.clone());
+        let outcome = lock_std(&self.waiting).poll(Some(&waker));
+        if outcome == Some(false) {
+            // The alarm has been raised if that fails; there is nobody else to tell.
+            self.sub.fence("a call was answered with a failure");
+        }
+    }
+}
+
+impl Wake for Orphan {
+    fn wake(self: StdArc<Self>) {
+        if in_step() || in_callback() {
+            after_the_step(move || self.settle());
+        } else {
+            self.settle();
+        }
+    }
+}
+
 impl Drop for Work {
     fn drop(&mut self) {
         for place in &self.places {
@@ -360,6 +396,7 @@ impl Drop for Completion {
             after_the_step(move || drop(rest));
         } else if !self.advance(None) {
             dropped_pending();
+            self.0.as_mut().into_iter().for_each(|work| work.abandon());
         }
     }
 }
