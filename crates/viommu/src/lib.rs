@@ -1,6 +1,8 @@
 //! A virtual IOMMU for virtual machine monitors.
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
+// Under loom only the protocol of guards is compiled: `quiesce`, and what it needs. It is too thorough for the rest,
+// which shuttle takes.
 
 #[cfg(not(loom))]
 pub mod ack;

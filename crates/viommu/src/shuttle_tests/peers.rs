@@ -17,6 +17,9 @@ pub(super) struct Shadow {
     pub(super) fenced: bool,
     /// Acks that have not been resolved.
     pub(super) unresolved: Vec<Resolver>,
+    /// Acks promised and acks resolved.
+    pub(super) promised: usize,
+    pub(super) resolved: usize,
 }
 
 /// A mirror with exact extents, as VFIO's.
@@ -58,6 +61,7 @@ impl Exact {
         }
         let (ack, resolver) = Ack::pending();
         shadow.unresolved.push(resolver);
+        shadow.promised += 1;
         ack
     }
 }
