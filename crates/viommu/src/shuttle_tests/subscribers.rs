@@ -318,3 +318,21 @@ fn failing_acks() {
 fn failing_acks_fence_without_a_deadlock() {
     check(failing_acks);
 }
+
+/// Nobody waits for the answers of a replay.
+fn failing_ack_of_a_replay() {
+    let (_iommu, domain, endpoint) = domain_and_endpoint();
+    domain.map(page_at(0, Gpa(0))).unwrap().wait().unwrap();
+    let (mirror, shadow) = Exact::late();
+    let stop = Arc::new(AtomicBool::new(false));
+    let peer = peer(&shadow, &stop, drop);
+    let subscription = endpoint.subscribe_mirror(mirror, Interest::MIRROR).unwrap();
+    stop.store(true, Ordering::SeqCst);
+    peer.join().unwrap();
+    assert!(subscription.is_fenced() && shadow.lock().unwrap().fenced);
+}
+
+#[test]
+fn ack_that_fails_when_nobody_waits_fences_all_the_same() {
+    check(failing_ack_of_a_replay);
+}
