@@ -74,7 +74,8 @@ impl Memory {
 }
 
 fn unit() -> Iommu {
-    Iommu::builder().ram(0, PAGES * PAGE).build().unwrap()
+    // A small arena: a model checker's words are no plain memory, and each schedule makes them anew.
+    Iommu::builder().ram(0, PAGES * PAGE).table_bytes(1 << 15).build().unwrap()
 }
 
 /// A unit with a domain of number 1 and an endpoint in it.

@@ -80,7 +80,17 @@ fn merged_completions() {
     let memory = Memory::new();
     let mut driver = Driver::<2>::new(&domain, &memory);
     driver.map_all();
-    let devices = [0, 1].map(|_| device(&endpoint, &memory, 2));
+    // Each uses its page for long.
+    let devices = [0, 1].map(|at| {
+        let (endpoint, memory) = (endpoint.clone(), memory.clone());
+        thread::spawn(move || {
+            let mut reader = endpoint.reader("device").unwrap();
+            let guard = reader.enter();
+            if let Ok(hit) = guard.translate(place(at).start(), Access::READ) {
+                (0..8).for_each(|_| memory.access(hit.gpa));
+            }
+        })
+    });
     let mut done = domain.unmap(place(0)).unwrap();
     let _ = done.is_complete();
     done.merge(domain.unmap(place(1)).unwrap());
