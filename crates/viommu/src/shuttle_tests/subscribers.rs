@@ -233,7 +233,12 @@ fn answer(shadow: &Mutex<Shadow>, with: fn(Resolver)) -> usize {
 fn peer(shadow: &Arc<Mutex<Shadow>>, stop: &Arc<AtomicBool>, with: fn(Resolver)) -> thread::JoinHandle<()> {
     let (shadow, stop) = (shadow.clone(), stop.clone());
     thread::spawn(move || {
-        while answer(&shadow, with) != 0 || !stop.load(Ordering::SeqCst) {
+        loop {
+            // Looked at first: what was promised before the stop is answered.
+            let stopped = stop.load(Ordering::SeqCst);
+            if answer(&shadow, with) == 0 && stopped {
+                return;
+            }
             thread::yield_now();
         }
     })
