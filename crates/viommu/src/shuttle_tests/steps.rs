@@ -1,5 +1,6 @@
 //! Steps beside readers: what a guard, a lease or a span may see.
 
+use shuttle::sync::mpsc;
 use shuttle::thread;
 
 use super::*;
@@ -80,24 +81,30 @@ fn merged_completions() {
     let memory = Memory::new();
     let mut driver = Driver::<2>::new(&domain, &memory);
     driver.map_all();
-    // Each uses its page for long.
-    let devices = [0, 1].map(|at| {
+    let (entered, has_entered) = mpsc::channel();
+    let device = |at: usize, entered: mpsc::Sender<()>| {
         let (endpoint, memory) = (endpoint.clone(), memory.clone());
         thread::spawn(move || {
             let mut reader = endpoint.reader("device").unwrap();
             let guard = reader.enter();
-            if let Ok(hit) = guard.translate(place(at).start(), Access::READ) {
-                (0..8).for_each(|_| memory.access(hit.gpa));
+            let hit = guard.translate(place(at).start(), Access::READ);
+            entered.send(()).unwrap();
+            if let Ok(hit) = hit {
+                (0..8).for_each(|_| memory.access(hit.gpa)); // for long
             }
         })
-    });
+    };
+    let first = device(0, entered.clone());
+    has_entered.recv().unwrap();
     let mut done = domain.unmap(place(0)).unwrap();
     let _ = done.is_complete();
+    let second = device(1, entered);
+    has_entered.recv().unwrap();
     done.merge(domain.unmap(place(1)).unwrap());
     let _ = done.is_complete();
     done.wait().unwrap();
     driver.let_go(driver.places.iter().copied().flatten().collect());
-    devices.into_iter().for_each(|device| device.join().unwrap());
+    [first, second].into_iter().for_each(|device| device.join().unwrap());
 }
 
 #[test]
