@@ -5,8 +5,8 @@ use crate::addr::IovaRange;
 use crate::change::Change;
 use crate::deliver::backed;
 use crate::deliver::mirror::{AddError, MirrorSeat};
-use crate::domain::exchange;
 use crate::domain::inner::{DomainInner, DomainState};
+use crate::domain::{SCRATCH, exchange};
 use crate::error::{Cap, Incident, StepErrorKind};
 use crate::mapping::Mapping;
 use crate::quiesce::completion::Completion;
@@ -208,6 +208,8 @@ impl DomainInner {
                     self.fence_seat(seat, &failure, done);
                 }
             }
+            pieces.clear();
+            pieces.shrink_to(SCRATCH);
             state.pieces = pieces;
         }
     }
