@@ -77,10 +77,10 @@ impl Iommu {
         }
         let domains: Vec<u32> = control.domains.keys().copied().collect();
         for id in domains {
-            if control.endpoints_in(id).next().is_none() {
-                if let Some(completion) = self.unit.destroy_domain(&mut control, id) {
-                    done.merge(completion);
-                }
+            if control.endpoints_in(id).next().is_none()
+                && let Some(completion) = self.unit.destroy_domain(&mut control, id)
+            {
+                done.merge(completion);
             }
         }
         match refused {

@@ -354,10 +354,10 @@ impl Unit {
             seats = leave_one(domain, id, &mut done);
             let now = lock(&domain.state).seats.wanted();
             let _ = self.ask_producer(domain.space, before, now); // cannot be refused
-        } else if let Home::Endpoint(endpoint) = home {
-            if let Some(member) = control.endpoints.get_mut(&endpoint) {
-                seats = member.parked.take(id);
-            }
+        } else if let Home::Endpoint(endpoint) = home
+            && let Some(member) = control.endpoints.get_mut(&endpoint)
+        {
+            seats = member.parked.take(id);
         }
         drop(control);
         let _callback = CallbackScope::enter();
