@@ -78,10 +78,17 @@ address! {
 /// An inclusive, never empty range of addresses.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(try_from = "(A, A)", into = "(A, A)", bound(
-    serialize = "A: Address + serde::Serialize",
-    deserialize = "A: Address + serde::Deserialize<'de>"
-)))]
+#[cfg_attr(
+    feature = "serde",
+    serde(
+        try_from = "(A, A)",
+        into = "(A, A)",
+        bound(
+            serialize = "A: Address + serde::Serialize",
+            deserialize = "A: Address + serde::Deserialize<'de>"
+        )
+    )
+)]
 pub struct Span<A: Address> {
     start: A,
     last: A,

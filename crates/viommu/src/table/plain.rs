@@ -70,16 +70,13 @@ impl Writer {
 
     /// Whether a mapping sticks out of `range` at either end.
     pub(crate) fn cuts(&self, range: IovaRange) -> bool {
-        let sticks_out = |at: Iova| self.next(at).is_some_and(|m| m.range.contains(at) && !range.covers(m.range));
+        let sticks_out =
+            |at: Iova| self.next(at).is_some_and(|m| m.range.contains(at) && !range.covers(m.range));
         sticks_out(range.start()) || sticks_out(range.last())
     }
 
     /// Removes every mapping inside `range`, telling `gone` of each; refused when one would be cut.
-    pub(crate) fn remove(
-        &mut self,
-        range: IovaRange,
-        gone: &mut dyn FnMut(Mapping),
-    ) -> Result<usize, Cuts> {
+    pub(crate) fn remove(&mut self, range: IovaRange, gone: &mut dyn FnMut(Mapping)) -> Result<usize, Cuts> {
         if self.cuts(range) {
             return Err(Cuts);
         }
