@@ -57,11 +57,9 @@ impl Writer {
             self.ticket = self.ticket.wrapping_add(1);
         }
         let mut below = Below::default(); // nothing is in the way
-        if let Err(e) = self.make_way(start, last, &mut below) {
-            debug_assert!(!promised, "memory had been reserved");
-            if promised {
-                return Err(e);
-            }
+        if self.make_way(start, last, &mut below).is_err() {
+            // Never one of those that were reserved for: the reservation was given up.
+            self.promised = 0;
             self.reclaim_all();
             self.make_way(start, last, &mut below)?;
         }

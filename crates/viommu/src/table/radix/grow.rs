@@ -23,15 +23,23 @@ impl Found {
 #[derive(Default)]
 pub(super) struct Below {
     nodes: usize,
-    entries: usize,
+    /// Entries, of each node at most as many as make it one of the next kind.
+    to_middle: usize,
+    to_table: usize,
 }
+
+/// Fewer entries than these never make a line a middle node, and that a table (`Kind::holding` of two more).
+const TO_MIDDLE: usize = 7;
+const TO_TABLE: usize = 27;
 
 impl Below {
     /// Counts the nodes that `[from, last]` needs from the node of `level` at `base` on.
     fn add(&mut self, base: u64, level: u32, (from, last): (u64, u64)) {
         let (first_key, last_key) = keys(base, level, from, last);
         self.nodes += 1;
-        self.entries += last_key - first_key + 1;
+        let entries = last_key - first_key + 1;
+        self.to_middle += entries.min(TO_MIDDLE);
+        self.to_table += entries.min(TO_TABLE);
         let iova = |key: usize| base + ((key as u64) << shift(level));
         let is_whole = |key: usize| from <= iova(key) && iova(key) | mask(level) <= last;
         if level > 0 && !is_whole(first_key) {
@@ -42,9 +50,9 @@ impl Below {
         }
     }
 
-    /// Several mappings may share a node, which then grows; but only with as many entries as its kind is made for.
+    /// Several mappings may share a node and make it grow together.
     fn stock(&self) -> Stock {
-        Stock { lines: self.nodes, middles: self.entries / 7, tables: self.entries / 27 }
+        Stock { lines: self.nodes, middles: self.to_middle / TO_MIDDLE, tables: self.to_table / TO_TABLE }
     }
 }
 
@@ -89,11 +97,21 @@ impl Writer {
         let mut below = Below::default();
         for m in additions {
             let (start, last) = (m.range.start().0, m.range.last().0);
-            if !self.table.find(start).fits(start, last) {
-                self.make_way(start, last, &mut below)?;
+            let found = self.table.find(start);
+            match found.at {
+                Some(at) if found.fits(start, last) => self.claim(found.node, at, found.entry),
+                _ => self.make_way(start, last, &mut below)?,
             }
         }
         self.slab.stock(below.stock())
+    }
+
+    /// Marks a place as one that is needed, should its node be copied while room is made for others.
+    #[inline(always)]
+    fn claim(&self, node: Node, at: usize, entry: Word) {
+        if !node.is_table() && !entry.is_live() {
+            self.table.arena.publish(at, Word::tomb(self.ticket));
+        }
     }
 
     /// Room for every leaf of `[start, last]`, as far as no larger leaf is in the way: those go to `below`.
@@ -179,10 +197,11 @@ impl Writer {
         let mut missing = last_key - first_key + 1;
         let mut size = missing;
         let mut used = 0;
-        for (_, key, entry) in self.table.arena.slots(node) {
+        for (at, key, entry) in self.table.arena.slots(node) {
             used += 1;
             if wanted.contains(&key) {
                 missing -= 1;
+                self.claim(node, at, entry);
             } else if self.is_kept(entry) {
                 size += 1;
             }
