@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use super::node::slot;
+use super::node::{entry, slot};
 use super::word::{KEYS, Node, Word, key, mask, shift};
 use super::{Table, Writer};
 use crate::addr::{Iova, IovaRange};
@@ -30,8 +30,21 @@ impl Table {
         if iova & !mask(level + 1) != 0 {
             return Found { node, at: None, entry: Word::NONE, level: level + 1 };
         }
+        while node.is_table() {
+            let Some(entry) = entry(words, node, key(iova, level)) else { break };
+            match entry.child() {
+                Some(child) if level > 0 => (node, level) = (child, level - 1),
+                _ => return Found { node, at: Some(node.index() + key(iova, level)), entry, level },
+            }
+        }
+        self.find_below(iova, node, level)
+    }
+
+    /// The same from a compact node on.
+    #[inline(never)]
+    fn find_below(&self, iova: u64, mut node: Node, mut level: u32) -> Found {
         loop {
-            let Some((at, entry)) = slot(words, node, key(iova, level)) else {
+            let Some((at, entry)) = slot(self.arena.words(), node, key(iova, level)) else {
                 return Found { node, at: None, entry: Word::NONE, level };
             };
             match entry.child() {

@@ -106,10 +106,24 @@ impl Table {
         if iova.0 & !mask(level + 1) != 0 {
             return None;
         }
-        loop {
-            let (_, entry) = node::slot(words, node, key(iova.0, level))?;
+        while node.is_table() {
+            let entry = node::entry(words, node, key(iova.0, level))?;
             if entry.is_leaf() {
                 return Some(entry.hit(iova.0, level));
+            }
+            node = entry.child()?;
+            level = level.checked_sub(1)?;
+        }
+        self.lookup_below(iova.0, node, level)
+    }
+
+    /// The same from a compact node on. Out of line: what is there besides tables must not slow them down.
+    #[inline(never)]
+    fn lookup_below(&self, iova: u64, mut node: Node, mut level: u32) -> Option<Hit> {
+        loop {
+            let (_, entry) = node::slot(self.arena.words(), node, key(iova, level))?;
+            if entry.is_leaf() {
+                return Some(entry.hit(iova, level));
             }
             node = entry.child()?;
             level = level.checked_sub(1)?;

@@ -31,13 +31,18 @@ fn search(keys: u64, key: usize) -> Option<usize> {
     (zeroes != 0).then(|| zeroes.trailing_zeros() as usize / KEY_BITS)
 }
 
+/// What is there for `key` in a table.
+#[inline(always)]
+pub(super) fn entry(words: &[AtomicU64], table: Node, key: usize) -> Option<Word> {
+    Some(Word(words.get(table.index() + key)?.load(Acquire)))
+}
+
 /// The place of `key` in `node` and what is there; `None` when it has no place. Reads every word once more than it
 /// trusts it, and nothing that is not in `words`.
 #[inline(always)]
 pub(super) fn slot(words: &[AtomicU64], node: Node, key: usize) -> Option<(usize, Word)> {
     if node.is_table() {
-        let at = node.index() + key;
-        Some((at, Word(words.get(at)?.load(Acquire))))
+        Some((node.index() + key, entry(words, node, key)?))
     } else if node.is_line() {
         let keys = words.get(node.index())?;
         let j = search(keys.load(Acquire), key)?;
