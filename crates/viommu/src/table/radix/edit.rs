@@ -1,13 +1,17 @@
 //! Insert and remove.
 
 use super::Writer;
+use super::arena::Arena;
 use super::find::{Joined, keys};
 use super::grow::Below;
 use super::node::slot;
-use super::word::{KEYS, Node, Word, mask, shift};
+use super::word::{KEYS, Node, Word, key, mask, shift};
 use crate::addr::IovaRange;
 use crate::mapping::Mapping;
-use crate::sync::Ordering::{Relaxed, Release};
+use crate::sync::{
+    AtomicU64,
+    Ordering::{Relaxed, Release},
+};
 use crate::table::{Cuts, InsertError, NoMemory, PAGE};
 
 impl From<NoMemory> for InsertError {
@@ -22,10 +26,7 @@ impl Writer {
     pub(crate) fn insert(&mut self, m: &Mapping) -> Result<(), InsertError> {
         debug_assert!(m.range.is_aligned(PAGE) && m.gpa.0 % PAGE == 0, "{m:?}");
         let (start, last) = (m.range.start().0, m.range.last().0);
-        let promised = self.promised > 0;
-        if promised {
-            self.promised -= 1;
-        } else if self.is_due() {
+        if self.promised == 0 && self.is_due() {
             self.collect();
         }
         let found = self.table.find(start);
@@ -44,24 +45,22 @@ impl Writer {
                 if last > start | mask(found.level) && self.is_taken(start, last) {
                     return Err(InsertError::Overlap);
                 }
-                self.insert_leaves(start, last, entry, promised)?;
+                self.insert_leaves(start, last, entry)?;
             }
         }
         self.mappings += 1;
+        self.promised = self.promised.saturating_sub(1);
         Ok(())
     }
 
     #[inline(never)]
-    fn insert_leaves(&mut self, start: u64, last: u64, entry: Word, promised: bool) -> Result<(), NoMemory> {
-        if !promised {
-            self.ticket = self.ticket.wrapping_add(1);
-        }
-        let mut below = Below::default(); // nothing is in the way
-        if self.make_way(start, last, &mut below).is_err() {
+    fn insert_leaves(&mut self, start: u64, last: u64, entry: Word) -> Result<(), NoMemory> {
+        if self.promised == 0 {
+            self.reserve_one(start, last)?;
+        } else if self.make_way(start, last, &mut Below::default()).is_err() {
             // Never one of those that were reserved for: the reservation was given up.
-            self.promised = 0;
-            self.reclaim_all();
-            self.make_way(start, last, &mut below)?;
+            self.give_up();
+            self.reserve_one(start, last)?;
         }
         let (root, level) = self.root();
         self.table.begin_change();
@@ -132,8 +131,9 @@ impl Writer {
             return Err(Cuts);
         }
         let arena = &*self.table.arena;
-        let goes_on = if found.node.is_table() && at + 1 < found.node.index() + KEYS {
-            let next = arena.load(at + 1);
+        let next_key = key(start, 0) + 1;
+        let goes_on = if next_key < KEYS {
+            let next = slot(arena.words(), found.node, next_key).map_or(Word::NONE, |(_, entry)| entry);
             next.is_leaf() && !next.is_start()
         } else {
             last.checked_add(1).is_some_and(|next| self.is_inside(next))
@@ -163,9 +163,10 @@ impl Writer {
         if from & !mask(level + 1) != 0 {
             return Ok(0);
         }
-        self.table.begin_change();
-        let count = self.clear(root, level, 0, (from, last), gone);
-        self.table.end_change();
+        let table = self.table.clone();
+        table.begin_change();
+        let count = self.clear(&table.arena, root, level, 0, (from, last), gone);
+        table.end_change();
         self.mappings -= count;
         Ok(count)
     }
@@ -173,6 +174,7 @@ impl Writer {
     /// Takes the leaves in `[from, last]` away; the number of mappings that began there.
     fn clear(
         &mut self,
+        arena: &Arena,
         node: Node,
         level: u32,
         base: u64,
@@ -181,44 +183,31 @@ impl Writer {
     ) -> usize {
         let (first_key, last_key) = keys(base, level, from, last);
         let (mut starts, mut fewer) = (0, 0);
-        let iova = |key: usize| base + ((key as u64) << shift(level));
-        let vacated = vacated(node);
+        let mut visit = |key: usize, word: &AtomicU64, entry: Word, vacated: Word| {
+            let iova = base + ((key as u64) << shift(level));
+            if entry.is_leaf() {
+                word.store(vacated.0, Release);
+                fewer += 1;
+                starts += usize::from(entry.is_start());
+                gone(iova, level, entry);
+            } else if let Some(child) = entry.child()
+                && !arena.is_empty_table(child)
+            {
+                starts += self.clear(arena, child, level - 1, iova, (from, last), gone);
+            }
+        };
         if node.is_table() {
-            let mut from_key = first_key;
-            while let Some((key, child)) = {
-                // leaf after leaf, up to a child
-                let mut words =
-                    self.table.arena.words()[node.index()..=node.index() + last_key].iter().enumerate();
-                words.by_ref().take(from_key).for_each(drop);
-                words.find_map(|(key, word)| {
-                    let entry = Word(word.load(Relaxed));
-                    if entry.is_leaf() {
-                        word.store(vacated.0, Release);
-                        fewer += 1;
-                        starts += usize::from(entry.is_start());
-                        gone(iova(key), level, entry);
-                        return None;
-                    }
-                    entry.child().map(|child| (key, child))
-                })
-            } {
-                starts += self.clear(child, level - 1, iova(key), (from, last), gone);
-                from_key = key + 1;
+            let words = &arena.words()[node.index() + first_key..=node.index() + last_key];
+            for (key, word) in (first_key..).zip(words) {
+                visit(key, word, Word(word.load(Relaxed)), Word::NONE);
             }
         } else {
-            let (sorted, count) = self.table.arena.sorted(node, first_key, last_key);
+            let (sorted, count) = arena.sorted(node, first_key, last_key);
             for (key, at, entry) in &sorted[..count] {
-                if let Some(child) = entry.child() {
-                    starts += self.clear(child, level - 1, iova(*key), (from, last), gone);
-                } else {
-                    self.table.arena.publish(*at, vacated);
-                    fewer += 1;
-                    starts += usize::from(entry.is_start());
-                    gone(iova(*key), level, *entry);
-                }
+                visit(*key, arena.word(*at), *entry, vacated(node));
             }
         }
-        if fewer > 0 && self.table.arena.lost(node, fewer) {
+        if fewer > 0 && arena.lost(node, fewer) {
             self.list(node, base, level);
         }
         starts

@@ -172,8 +172,10 @@ impl Writer {
                 return f(iova, level, entry);
             }
             match entry.child() {
-                Some(child) => self.walk(child, level - 1, iova, (from, last), f),
-                None => ControlFlow::Continue(()),
+                Some(child) if !arena.is_empty_table(child) => {
+                    self.walk(child, level - 1, iova, (from, last), f)
+                }
+                _ => ControlFlow::Continue(()),
             }
         };
         if node.is_table() {

@@ -78,17 +78,56 @@ impl Filler<'_> {
 
 impl Writer {
     /// Makes sure that inserting `additions` once, after any removals, cannot fail for want of memory. Holds until
-    /// the next call.
+    /// they are inserted or until the next call, whichever comes first; with no `additions`, it gives up the
+    /// reservation before. An insertion without a reservation must not come in between.
     pub(crate) fn reserve(&mut self, additions: &[Mapping]) -> Result<(), NoMemory> {
-        self.promised = 0;
+        self.give_up();
         if self.is_due() {
             self.collect();
         }
         if self.promise(additions).is_err() {
+            self.promised = 1; // not kept
+            self.give_up();
             self.reclaim_all();
-            self.promise(additions)?;
+            if let Err(e) = self.promise(additions) {
+                self.promised = 1;
+                self.give_up();
+                return Err(e);
+            }
         }
         self.promised = additions.len();
+        Ok(())
+    }
+
+    /// Ends a reservation. What was made for insertions that have not come is to be reclaimed.
+    #[inline]
+    pub(super) fn give_up(&mut self) {
+        if self.promised > 0 && !self.fresh.is_empty() {
+            for entry in std::mem::take(&mut self.fresh) {
+                self.list_if_empty(entry);
+            }
+        }
+        self.fresh.clear();
+        self.promised = 0;
+    }
+
+    /// Room for one insertion that follows at once.
+    pub(super) fn reserve_one(&mut self, start: u64, last: u64) -> Result<(), NoMemory> {
+        self.fresh.clear();
+        for again in [true, false] {
+            self.ticket = self.ticket.wrapping_add(1);
+            match self.make_way(start, last, &mut Below::default()) {
+                Ok(()) => break,
+                Err(e) => {
+                    self.promised = 1; // not kept
+                    self.give_up();
+                    if !again {
+                        return Err(e);
+                    }
+                    self.reclaim_all();
+                }
+            }
+        }
         Ok(())
     }
 
@@ -171,7 +210,7 @@ impl Writer {
                     let done = self.prepare(child, at, level - 1, iova, (from, last), below);
                     // It may stay empty: what it is for may never come.
                     if self.table.arena.live(child) == 0 {
-                        self.list(child, iova, level - 1);
+                        self.fresh.push(iova | u64::from(level - 1));
                     }
                     done?;
                 }
@@ -191,6 +230,12 @@ impl Writer {
         last_key: usize,
     ) -> Result<Node, NoMemory> {
         if node.is_table() {
+            return Ok(node);
+        }
+        if first_key == last_key
+            && let Some((at, entry)) = slot(self.table.arena.words(), node, first_key)
+        {
+            self.claim(node, at, entry);
             return Ok(node);
         }
         let wanted = first_key..=last_key;

@@ -60,6 +60,8 @@ pub(crate) struct Writer {
     mappings: usize,
     /// Insertions to come that must not fail. Nothing is reclaimed before them.
     promised: usize,
+    /// Nodes made for insertions to come that are empty until then, as base address and level.
+    fresh: Vec<u64>,
     /// Marks the places that the latest reservation, or insertion without one, has made.
     ticket: u64,
     /// Nodes that had become sparse, as base address and level.
@@ -89,6 +91,7 @@ impl Table {
             slab,
             mappings: 0,
             promised: 0,
+            fresh: Vec::new(),
             ticket: 0,
             listed: VecDeque::new(),
             retired: Vec::new(),

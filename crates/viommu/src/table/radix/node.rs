@@ -146,6 +146,12 @@ impl Arena {
         live.take(node.kind().sparse() + 1).count()
     }
 
+    /// Whether it is a table that has nothing: 512 words that need not be read.
+    #[inline(always)]
+    pub(super) fn is_empty_table(&self, node: Node) -> bool {
+        node.is_table() && self.children(node).load(Relaxed) & !LISTED == 0
+    }
+
     /// A table's number of leaves and children (compact nodes are counted when need be).
     #[inline(always)]
     fn children(&self, table: Node) -> &AtomicU64 {

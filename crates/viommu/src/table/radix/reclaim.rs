@@ -11,7 +11,7 @@
 use super::Writer;
 use super::edit::vacated;
 use super::node::slot;
-use super::word::{Kind, Node, key, mask};
+use super::word::{Kind, Node, TOP, key, mask};
 use crate::quiesce::slot::Grace;
 
 /// Debt at which a call pays some of it.
@@ -41,6 +41,10 @@ pub(super) struct Limbo {
     asked: u32,
 }
 
+/// The nodes on the way to one, by level.
+struct Path([Option<Place>; TOP as usize]);
+
+#[derive(Clone, Copy)]
 struct Place {
     node: Node,
     /// The word that names it.
@@ -153,48 +157,71 @@ impl Writer {
             let (base, level) = (entry & !mask(1), (entry & 7) as u32);
             budget -= 1;
             // It may have been replaced by a leaf, or be gone with a listing of its own.
-            if let Some(place) = self.descend(base, level) {
-                self.table.arena.set_listed(place.node, false);
-                budget = budget.saturating_sub(self.settle(&place, base, level));
+            if let Some(path) = self.descend(base, level) {
+                if let Some(place) = path.0[level as usize] {
+                    self.table.arena.set_listed(place.node, false);
+                }
+                budget = budget.saturating_sub(self.settle(&path, base, level));
             }
         }
     }
 
-    fn settle(&mut self, place: &Place, base: u64, level: u32) -> u32 {
-        let Place { node, at, parent } = *place;
-        let live = self.table.arena.live(node);
-        if live > node.kind().sparse() {
-            return 0;
-        }
-        if live > 0 {
-            if let Some(smaller) = self.shrunk(node, live) {
-                self.table.arena.publish(at, smaller.word());
-                self.retire(node, true);
+    /// Takes the node of `level` on `path` away if it is empty, and then those above that are empty without it;
+    /// makes a sparse one smaller. What this cost.
+    fn settle(&mut self, path: &Path, base: u64, level: u32) -> u32 {
+        let mut spent = 0;
+        for above in level..TOP {
+            let Some(Place { node, at, parent }) = path.0[above as usize] else { break };
+            let live = self.table.arena.live(node);
+            if live > 0 {
+                if above > level {
+                    // It has children, and has lost one.
+                    if live <= node.kind().sparse() && !self.table.arena.is_listed(node) {
+                        self.list(node, base & !mask(above + 1), above);
+                    }
+                } else if live <= node.kind().sparse()
+                    && let Some(smaller) = self.shrunk(node, live)
+                {
+                    self.table.arena.publish(at, smaller.word());
+                    self.retire(node, true);
+                    spent += cost(node);
+                }
+                break;
             }
-            return cost(node);
+            self.table.arena.publish(at, vacated(parent));
+            self.table.arena.gained(parent, 1u64.wrapping_neg());
+            self.retire(node, false);
+            spent += 1;
         }
-        self.table.arena.publish(at, vacated(parent));
-        self.retire(node, false);
-        if self.table.arena.lost(parent, 1) {
-            self.list(parent, base & !mask(level + 2), level + 1);
-        }
-        0
+        spent
     }
 
-    /// The node of `level` at `base`, if there is one below the root.
-    fn descend(&self, base: u64, level: u32) -> Option<Place> {
+    /// Lists a node that was made for what has not come.
+    pub(super) fn list_if_empty(&mut self, entry: u64) {
+        let (base, level) = (entry & !mask(1), (entry & 7) as u32);
+        if let Some(path) = self.descend(base, level)
+            && let Some(Place { node, .. }) = path.0[level as usize]
+            && !self.table.arena.is_listed(node)
+            && self.table.arena.live(node) == 0
+        {
+            self.list(node, base, level);
+        }
+    }
+
+    /// The way to the node of `level` at `base`, if there is one below the root.
+    fn descend(&self, base: u64, level: u32) -> Option<Path> {
         let (mut parent, mut above) = self.root();
         if above <= level || base & !mask(above + 1) != 0 {
             return None;
         }
-        loop {
+        let mut path = Path([None; TOP as usize]);
+        while above > level {
             let (at, entry) = slot(self.table.arena.words(), parent, key(base, above))?;
             let node = entry.child()?;
             above -= 1;
-            if above == level {
-                return Some(Place { node, at, parent });
-            }
+            path.0[above as usize] = Some(Place { node, at, parent });
             parent = node;
         }
+        Some(path)
     }
 }
