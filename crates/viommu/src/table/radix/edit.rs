@@ -55,12 +55,22 @@ impl Writer {
 
     #[inline(never)]
     fn insert_leaves(&mut self, start: u64, last: u64, entry: Word) -> Result<(), NoMemory> {
-        if self.promised == 0 {
-            self.reserve_one(start, last)?;
-        } else if self.make_way(start, last, &mut Below::default()).is_err() {
+        let mut below = Below::default();
+        let place = if self.promised == 0 {
+            self.reserve_one(start, last)?
+        } else if let Ok(place) = self.make_way(start, last, &mut below) {
+            place
+        } else {
             // Never one of those that were reserved for: the reservation was given up.
             self.give_up();
-            self.reserve_one(start, last)?;
+            self.reserve_one(start, last)?
+        };
+        if let Some((node, at)) = place {
+            self.table.begin_change();
+            self.table.arena.publish(at, entry);
+            self.table.end_change();
+            self.table.arena.gained(node, 1);
+            return Ok(());
         }
         let (root, level) = self.root();
         self.table.begin_change();

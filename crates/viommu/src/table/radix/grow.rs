@@ -6,7 +6,7 @@ use super::Writer;
 use super::find::{Found, keys};
 use super::node::slot;
 use super::slab::Stock;
-use super::word::{KEYS, Kind, Node, Word, mask, shift};
+use super::word::{KEYS, Kind, Node, Word, key, mask, shift};
 use crate::mapping::Mapping;
 use crate::sync::Ordering::Release;
 use crate::table::NoMemory;
@@ -111,24 +111,23 @@ impl Writer {
         self.promised = 0;
     }
 
-    /// Room for one insertion that follows at once.
-    pub(super) fn reserve_one(&mut self, start: u64, last: u64) -> Result<(), NoMemory> {
+    /// Room for one insertion that follows at once. A single page's node and place.
+    pub(super) fn reserve_one(&mut self, start: u64, last: u64) -> Result<Option<(Node, usize)>, NoMemory> {
         self.fresh.clear();
+        self.ticket = self.ticket.wrapping_add(1);
+        let mut made = self.make_way(start, last, &mut Below::default());
         for again in [true, false] {
-            self.ticket = self.ticket.wrapping_add(1);
-            match self.make_way(start, last, &mut Below::default()) {
-                Ok(()) => break,
-                Err(e) => {
-                    self.promised = 1; // not kept
-                    self.give_up();
-                    if !again {
-                        return Err(e);
-                    }
-                    self.reclaim_all();
-                }
+            if made.is_ok() {
+                break;
+            }
+            self.promised = 1; // not kept
+            self.give_up();
+            if again {
+                self.reclaim_all();
+                made = self.make_way(start, last, &mut Below::default());
             }
         }
-        Ok(())
+        made
     }
 
     fn promise(&mut self, additions: &[Mapping]) -> Result<(), NoMemory> {
@@ -139,7 +138,9 @@ impl Writer {
             let found = self.table.find(start);
             match found.at {
                 Some(at) if found.fits(start, last) => self.claim(found.node, at, found.entry),
-                _ => self.make_way(start, last, &mut below)?,
+                _ => {
+                    self.make_way(start, last, &mut below)?;
+                }
             }
         }
         self.slab.stock(below.stock())
@@ -153,11 +154,65 @@ impl Writer {
         }
     }
 
-    /// Room for every leaf of `[start, last]`, as far as no larger leaf is in the way: those go to `below`.
-    pub(super) fn make_way(&mut self, start: u64, last: u64, below: &mut Below) -> Result<(), NoMemory> {
+    /// Room for every leaf of `[start, last]`, as far as no larger leaf is in the way: those go to `below`. A single
+    /// page's node and place.
+    pub(super) fn make_way(
+        &mut self,
+        start: u64,
+        last: u64,
+        below: &mut Below,
+    ) -> Result<Option<(Node, usize)>, NoMemory> {
         self.raise(last)?;
+        if last == start | mask(0) {
+            return self.place(start, below);
+        }
         let (root, level) = self.root();
-        self.prepare(root, 0, level, 0, (start, last), below)
+        self.prepare(root, 0, level, 0, (start, last), below)?;
+        Ok(None)
+    }
+
+    /// What `prepare` does, for one page.
+    fn place(&mut self, iova: u64, below: &mut Below) -> Result<Option<(Node, usize)>, NoMemory> {
+        let (mut node, mut level) = self.root();
+        let mut name = 0;
+        let mut made = false;
+        loop {
+            let key = key(iova, level);
+            let mut found = slot(self.table.arena.words(), node, key);
+            if found.is_none() {
+                node = self.make_room(node, name, key, key)?;
+                found = slot(self.table.arena.words(), node, key);
+            }
+            let Some((at, entry)) = found else {
+                debug_assert!(false, "room was just made");
+                return Err(NoMemory);
+            };
+            if level == 0 {
+                self.claim(node, at, entry);
+                return Ok(Some((node, at)));
+            }
+            if entry.is_leaf() {
+                below.add(iova & !mask(level), level - 1, (iova, iova | mask(0)));
+                return Ok(None);
+            }
+            let parent = node;
+            node = match entry.child() {
+                Some(child) => child,
+                None => {
+                    let child = self.slab.alloc(Kind::Line)?;
+                    self.table.arena.publish(at, child.word());
+                    self.table.arena.gained(parent, 1);
+                    if made {
+                        self.fresh.pop(); // not empty any more
+                    }
+                    made = true;
+                    self.fresh.push(iova & !mask(level) | u64::from(level - 1));
+                    child
+                }
+            };
+            name = at;
+            level -= 1;
+        }
     }
 
     /// Levels up to `last`.

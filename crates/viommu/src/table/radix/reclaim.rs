@@ -41,15 +41,18 @@ pub(super) struct Limbo {
     asked: u32,
 }
 
-/// The nodes on the way to one, by level.
-struct Path([Option<Place>; TOP as usize]);
+/// The way to a node.
+struct Path {
+    /// By level.
+    nodes: [Node; TOP as usize + 1],
+    /// The word that names the node of a level, likewise.
+    names: [usize; TOP as usize + 1],
+}
 
-#[derive(Clone, Copy)]
-struct Place {
-    node: Node,
-    /// The word that names it.
-    at: usize,
-    parent: Node,
+impl Path {
+    fn new(root: Node) -> Self {
+        Self { nodes: [root; TOP as usize + 1], names: [0; TOP as usize + 1] }
+    }
 }
 
 fn cost(node: Node) -> u32 {
@@ -150,45 +153,44 @@ impl Writer {
 
     /// Looks at some of the listed nodes again.
     fn harvest(&mut self) {
+        let (root, top) = self.root();
+        let mut path = Path::new(root);
         let mut budget = BUDGET;
         while budget > 0
             && let Some(entry) = self.listed.pop_front()
         {
-            let (base, level) = (entry & !mask(1), (entry & 7) as u32);
             budget -= 1;
-            // It may have been replaced by a leaf, or be gone with a listing of its own.
-            if let Some(path) = self.descend(base, level) {
-                if let Some(place) = path.0[level as usize] {
-                    self.table.arena.set_listed(place.node, false);
-                }
-                budget = budget.saturating_sub(self.settle(&path, base, level));
+            let (base, level) = listing(entry);
+            // It may have been replaced by a leaf, or be gone with one below it.
+            if self.descend(base, level, &mut path) {
+                self.table.arena.set_listed(path.nodes[level as usize], false);
+                budget = budget.saturating_sub(self.settle(&path, base, level, top));
             }
         }
     }
 
     /// Takes the node of `level` on `path` away if it is empty, and then those above that are empty without it;
     /// makes a sparse one smaller. What this cost.
-    fn settle(&mut self, path: &Path, base: u64, level: u32) -> u32 {
+    fn settle(&mut self, path: &Path, base: u64, level: u32, top: u32) -> u32 {
         let mut spent = 0;
-        for above in level..TOP {
-            let Some(Place { node, at, parent }) = path.0[above as usize] else { break };
+        for at in level..top {
+            let node = path.nodes[at as usize];
             let live = self.table.arena.live(node);
             if live > 0 {
-                if above > level {
-                    // It has children, and has lost one.
-                    if live <= node.kind().sparse() && !self.table.arena.is_listed(node) {
-                        self.list(node, base & !mask(above + 1), above);
+                let is_sparse = live <= node.kind().sparse();
+                if is_sparse && at > level {
+                    if !self.table.arena.is_listed(node) {
+                        self.list(node, base & !mask(at + 1), at);
                     }
-                } else if live <= node.kind().sparse()
-                    && let Some(smaller) = self.shrunk(node, live)
-                {
-                    self.table.arena.publish(at, smaller.word());
+                } else if is_sparse && let Some(smaller) = self.shrunk(node, live) {
+                    self.table.arena.publish(path.names[at as usize], smaller.word());
                     self.retire(node, true);
                     spent += cost(node);
                 }
                 break;
             }
-            self.table.arena.publish(at, vacated(parent));
+            let parent = path.nodes[at as usize + 1];
+            self.table.arena.publish(path.names[at as usize], vacated(parent));
             self.table.arena.gained(parent, 1u64.wrapping_neg());
             self.retire(node, false);
             spent += 1;
@@ -198,30 +200,37 @@ impl Writer {
 
     /// Lists a node that was made for what has not come.
     pub(super) fn list_if_empty(&mut self, entry: u64) {
-        let (base, level) = (entry & !mask(1), (entry & 7) as u32);
-        if let Some(path) = self.descend(base, level)
-            && let Some(Place { node, .. }) = path.0[level as usize]
-            && !self.table.arena.is_listed(node)
-            && self.table.arena.live(node) == 0
-        {
-            self.list(node, base, level);
+        let (base, level) = listing(entry);
+        let mut path = Path::new(self.root().0);
+        if self.descend(base, level, &mut path) {
+            let node = path.nodes[level as usize];
+            if !self.table.arena.is_listed(node) && self.table.arena.live(node) == 0 {
+                self.list(node, base, level);
+            }
         }
     }
 
-    /// The way to the node of `level` at `base`, if there is one below the root.
-    fn descend(&self, base: u64, level: u32) -> Option<Path> {
-        let (mut parent, mut above) = self.root();
-        if above <= level || base & !mask(above + 1) != 0 {
-            return None;
+    /// Goes to the node of `level` at `base`, if there is one below the root.
+    fn descend(&self, base: u64, level: u32, path: &mut Path) -> bool {
+        let (mut node, mut at) = self.root();
+        if at <= level || base & !mask(at + 1) != 0 {
+            return false;
         }
-        let mut path = Path([None; TOP as usize]);
-        while above > level {
-            let (at, entry) = slot(self.table.arena.words(), parent, key(base, above))?;
-            let node = entry.child()?;
-            above -= 1;
-            path.0[above as usize] = Some(Place { node, at, parent });
-            parent = node;
+        path.nodes[at as usize] = node;
+        while at > level {
+            let found = slot(self.table.arena.words(), node, key(base, at));
+            let Some((name, Some(child))) = found.map(|(name, entry)| (name, entry.child())) else {
+                return false;
+            };
+            at -= 1;
+            node = child;
+            (path.nodes[at as usize], path.names[at as usize]) = (node, name);
         }
-        Some(path)
+        true
     }
+}
+
+/// Base and level of a node, as they are kept in one word.
+fn listing(entry: u64) -> (u64, u32) {
+    (entry & !mask(1), (entry & 7) as u32)
 }
