@@ -24,7 +24,7 @@ impl Writer {
     /// Adds one mapping, visible to readers when this returns (page by page while it runs).
     #[inline]
     pub(crate) fn insert(&mut self, m: &Mapping) -> Result<(), InsertError> {
-        debug_assert!(m.range.is_aligned(PAGE) && m.gpa.0 % PAGE == 0, "{m:?}");
+        debug_assert!(m.range.is_aligned(PAGE) && m.gpa.0.is_multiple_of(PAGE), "{m:?}");
         let (start, last) = (m.range.start().0, m.range.last().0);
         if self.promised == 0 && self.is_due() {
             self.collect();

@@ -318,13 +318,13 @@ impl Both {
         if self.plain.cuts(range) || self.writer.reserve(with).is_err() {
             return;
         }
-        let rest: Vec<_> = std::iter::from_fn(|| self.arena.take()).collect();
+        self.arena.refuse(true);
         self.remove(range);
         for m in with {
             assert_eq!(self.writer.insert(m), Ok(()), "reserved {m:?}");
             self.plain.insert(m).unwrap();
         }
-        self.arena.give(rest.into_iter());
+        self.arena.refuse(false);
     }
 
     /// Everything, in order, and that all memory comes back.
@@ -470,7 +470,7 @@ fn reserved_additions_fit_when_nothing_else_does() {
     new.extend((0..40).map(|k| page(9 * GIB + k * 2 * MIB)));
     assert_eq!(writer.reserve(&new), Ok(()));
     assert_eq!(contents(&writer), [old]);
-    while arena.take().is_some() {}
+    arena.refuse(true);
     assert_eq!(writer.remove(old.range, &mut |_| {}), Ok(1));
     new.iter().for_each(|m| assert_eq!(writer.insert(m), Ok(())));
     assert_eq!(writer.len(), new.len());
@@ -607,7 +607,7 @@ fn sparse_layouts_after_churn_stay_below_200_bytes_a_mapping() {
 fn dense_pages_take_twelve_bytes_a_mapping_at_most() {
     let (_arena, _table, mut writer, _) = record(4 * MIB);
     for k in 0..1 << 17 {
-        writer.insert(&page(4 * GIB + (k * 0x9e37 & 0x1_ffff) * PAGE)).unwrap();
+        writer.insert(&page(4 * GIB + ((k * 0x9e37) & 0x1_ffff) * PAGE)).unwrap();
     }
     assert!(writer.bytes() <= 12 << 17, "{}", writer.bytes() >> 17);
 }

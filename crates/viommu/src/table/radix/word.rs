@@ -203,7 +203,7 @@ impl Node {
     /// The node and the level in the root's word.
     #[inline(always)]
     pub(super) fn from_root(word: u64) -> (Self, u32) {
-        (Self(word & !LEVEL_BITS), (word >> LEVEL) as u32 & 7)
+        (Self(word & !LEVEL_BITS), (word >> LEVEL & 7) as u32)
     }
 
     #[inline(always)]
@@ -234,7 +234,6 @@ impl Node {
 
     /// The node's first word in the arena.
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "made from a usize")]
     pub(super) fn index(self) -> usize {
         (self.0 >> REST) as usize
     }
