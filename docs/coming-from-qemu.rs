@@ -84,7 +84,7 @@ pub struct Watch(pub Log);
 impl Observer for Watch {
     fn changed(&mut self, _space: Space, change: &Change) {
         let gpa = |m: Option<&Mapping>| m.map_or("nothing".into(), |m| m.gpa.to_string());
-        self.0.note(format!("{}: {} becomes {}", change.range(), gpa(change.old()), gpa(change.new())));
+        self.0.note(format!("{}: {} becomes {}", change.range(), gpa(change.before()), gpa(change.after())));
     }
 }
 
