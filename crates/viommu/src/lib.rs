@@ -34,5 +34,5 @@ pub use iommu::{
 };
 pub use mapping::{Access, Mapping, Target};
 pub use quiesce::completion::{Blocker, BlockerKind, Completion, WaitError};
-pub use reader::{Fault, FaultReason, Guard, Lease, Place, Reader, Translation};
+pub use reader::{Fault, FaultReason, Guard, Lease, OwnedGuard, Place, Reader, Translation, Translator};
 pub use subscribe::{Interest, Kinds, Space};
