@@ -1,6 +1,6 @@
 //! Between the embedder's memory and viommu: backing from regions, host addresses for mirrors.
 
-use viommu::{Access, Extent, Gpa, GpaRange, IovaRange, Mapping, Medium};
+use viommu::{Access, Extent, Gpa, GpaRange, Iova, IovaRange, Mapping, Medium};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 const PAGE: u64 = 4096;
@@ -72,7 +72,7 @@ pub fn host_pieces<M: GuestMemoryBackend>(
         let address =
             region.get_host_address(offset).map_err(|source| HostError::NoAddress { gpa, source })?;
         let room = region.last_addr().0.saturating_sub(gpa.0);
-        let last = start.checked_add(room).map_or(mapping.range.last(), |l| l.min(mapping.range.last()));
+        let last = Iova(start.0.saturating_add(room)).min(mapping.range.last());
         let iova = IovaRange::new(start, last).ok_or(HostError::NoMemory(gpa))?;
         pieces.push(HostPiece { iova, address, writable });
         match last.checked_add(1) {
@@ -85,7 +85,6 @@ pub fn host_pieces<M: GuestMemoryBackend>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use viommu::Iova;
     use vm_memory::{Bytes, GuestMemoryMmap};
 
     fn memory(ranges: &[(u64, usize)]) -> GuestMemoryMmap<()> {

@@ -7,8 +7,7 @@
 //! - [`EndpointMemory`]: for a worker of its own. [`EndpointMemory::enter`] gives the guard of one batch.
 //! - [`EndpointSpace`]: a handle to share, which is a `GuestAddressSpace`: `memory()` is the guard, and it ends with its
 //!   last clone.
-//! - [`EndpointIommu`](iommu::EndpointIommu) (feature `iommu`): for those who have a `vm_memory::IommuMemory`; it
-//!   promises less.
+//! - `iommu::EndpointIommu` (feature `iommu`): for those who have a `vm_memory::IommuMemory`; it promises less.
 //! - [`host_pieces`] and [`ram_extents`]: from the embedder's memory to what mirrors map and to viommu's backing.
 //!
 //! A guard covers one bounded batch: it must not be kept while the device waits for the guest.

@@ -53,18 +53,33 @@ impl<S> fmt::Debug for EndpointMemory<S> {
 /// Dirty bits are those of the embedder's regions, so by guest physical address. `check_range` is a question and
 /// reports no fault to the model; accesses do.
 ///
-/// Slices borrow the guard and cannot outlive it:
+/// Slices borrow the guard:
 ///
-/// ```compile_fail,E0505
+/// ```no_run
 /// # use viommu::Reader;
 /// # use viommu_memory::EndpointMemory;
-/// # use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+/// # use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 /// # fn f(reader: Reader, memory: &GuestMemoryMmap<()>) {
 /// let mut device = EndpointMemory::new(reader, memory);
 /// let guard = device.enter();
 /// let slice = guard.get_slices(GuestAddress(0), 4, Permissions::Write).unwrap().next().unwrap().unwrap();
+/// slice.write_obj(1u32, 0).unwrap();
 /// drop(guard);
-/// slice.write_obj(1u32, 0).unwrap(); // after the unmap has completed
+/// # }
+/// ```
+///
+/// and cannot outlive it:
+///
+/// ```compile_fail,E0505
+/// # use viommu::Reader;
+/// # use viommu_memory::EndpointMemory;
+/// # use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+/// # fn f(reader: Reader, memory: &GuestMemoryMmap<()>) {
+/// let mut device = EndpointMemory::new(reader, memory);
+/// let guard = device.enter();
+/// let slice = guard.get_slices(GuestAddress(0), 4, Permissions::Write).unwrap().next().unwrap().unwrap();
+/// drop(guard); // the unmap may complete from here on
+/// slice.write_obj(1u32, 0).unwrap();
 /// # }
 /// ```
 ///
