@@ -65,3 +65,25 @@ impl Drop for Entered {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use viommu::{EndpointConfig, Iommu};
+
+    #[test]
+    fn readers_are_as_many_as_guards_were_held_at_a_time() {
+        let iommu = Iommu::builder().build().unwrap();
+        let endpoint = iommu.add_endpoint(8, EndpointConfig::default()).unwrap();
+        let pool = Pool::new(endpoint.reader("pool").unwrap());
+        assert!(pool.readers().idle.is_empty());
+        for _ in 0..3 {
+            let guards = (pool.enter(), pool.clone().enter());
+            assert!(pool.readers().idle.is_empty());
+            drop(guards);
+            assert_eq!(pool.readers().idle.len(), 2);
+        }
+        drop(pool.enter());
+        assert_eq!(pool.readers().idle.len(), 2);
+    }
+}
