@@ -10,7 +10,7 @@ use crate::backing::Medium;
 use crate::domain::inner::DomainInner;
 use crate::endpoint::{EndpointId, EndpointShared, RegionKind, Sight};
 use crate::mapping::{Access, Mapping, Target};
-use crate::quiesce::scope::CallbackScope;
+use crate::quiesce::scope::{CallbackScope, in_callback};
 use crate::quiesce::slot::{Counted, Entry};
 use crate::sync::{Arc, Ordering, fence, lock};
 use crate::table::{Hit, PAGE};
@@ -128,7 +128,7 @@ impl Near {
 
 impl Reader {
     pub(crate) fn new(shared: &Arc<EndpointShared>, label: &str) -> Self {
-        let entry = Entry::new(label, shared.id.map_or(u64::MAX, EndpointId::key));
+        let entry = Entry::new(label, shared.id.map_or(EndpointId::NOBODY, EndpointId::key));
         shared.add_slot(entry.slot());
         let (seen, sight) = shared.sight();
         Self(Translator { entry, shared: shared.clone(), seen, sight, near: Cell::new(Near::NOWHERE) })
@@ -344,8 +344,12 @@ impl Translator {
         }
         let Some(domain) = &sight.domain else { return sight.collect(range, access, pieces) };
         let before = pieces.len();
-        // Churn of other pages alone makes a try fail; some tries are cheaper than the lock.
-        for _ in 0..16 {
+        // Churn of other pages alone makes a try fail; some tries are cheaper than the lock. Inside a callback the lock
+        // may not be taken, and the version moves on soon: nothing that blocks is done while it is odd.
+        for tried in 0_u32.. {
+            if tried >= 16 && !in_callback() {
+                break;
+            }
             let version = domain.version.load(Ordering::Acquire);
             if version & 1 == 0 {
                 pieces.truncate(before);
@@ -358,10 +362,6 @@ impl Translator {
             core::hint::spin_loop();
         }
         pieces.truncate(before);
-        if crate::quiesce::scope::in_callback() {
-            // This thread is the step that holds the lock: nothing changes while it looks.
-            return sight.collect(range, access, pieces);
-        }
         let _still = lock(&domain.state);
         sight.collect(range, access, pieces)
     }
