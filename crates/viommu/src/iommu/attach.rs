@@ -26,12 +26,14 @@ impl Unit {
         let mut movers = Vec::new();
         for (id, attached) in moves {
             let member = control.endpoints.get(id).ok_or(AttachErrorKind::NoEndpoint(*id))?;
+            // Bypass is for requests without PASID.
+            let attached = attached.or_else(|| id.pasid.map(|_| View::Blocked));
             let to = attached.unwrap_or_else(|| control.default_view());
             control.space_of(to)?;
             if attached.is_some() && member.shared.sight().1.fenced {
                 return Err(AttachErrorKind::Fenced(*id).into());
             }
-            movers.push((*id, control.view_of(member), to, *attached));
+            movers.push((*id, control.view_of(member), to, attached));
         }
         check_sets(control, &movers)?;
         for (id, from, to, _) in movers.iter().filter(|(_, from, to, _)| from != to) {
