@@ -234,7 +234,9 @@ impl World {
                 self.complete(completion);
                 let may = matches!(
                     kind,
-                    AttachErrorKind::Reserved { .. } | AttachErrorKind::Fenced(_) | AttachErrorKind::NoDomain(_)
+                    AttachErrorKind::Reserved { .. }
+                        | AttachErrorKind::Fenced(_)
+                        | AttachErrorKind::NoDomain(_)
                 );
                 assert!(may || !self.all_sound(), "L4: {kind} with nobody to say it");
                 Err(blocked)
@@ -243,9 +245,9 @@ impl World {
     }
 
     fn reserved(&self, id: u32, first: u64, last: u64) -> bool {
-        (0..self.endpoints.len()).filter(|at| self.view(*at) == View::Domain(id)).any(|at| {
-            self.regions[at].iter().any(|r| r.range.overlaps(range_of(first, last)))
-        })
+        (0..self.endpoints.len())
+            .filter(|at| self.view(*at) == View::Domain(id))
+            .any(|at| self.regions[at].iter().any(|r| r.range.overlaps(range_of(first, last))))
     }
 
     /// A mapping over some of the pages that steps play with.
@@ -371,7 +373,9 @@ impl World {
         let last = pages.0.get(&last).map_or(last, |c| c.last);
         pages.unmap(first, last);
         if c & 3 != 0 {
-            pages.map(&Mapping::over(range_of(first, last), Gpa(u64::from(b % 27) * PAGE), Access::RW).unwrap());
+            pages.map(
+                &Mapping::over(range_of(first, last), Gpa(u64::from(b % 27) * PAGE), Access::RW).unwrap(),
+            );
         }
         let mappings = pages.mappings();
         *self.guest.lock() = mappings.into_iter().map(|m| (m.range.start().0, m)).collect();
@@ -526,11 +530,8 @@ impl World {
 
     fn toggle_backing(&mut self, at: usize) {
         let (extent, there) = self.extents[at];
-        let outcome = if there {
-            self.iommu.remove_backing(extent.range)
-        } else {
-            self.iommu.add_backing(extent)
-        };
+        let outcome =
+            if there { self.iommu.remove_backing(extent.range) } else { self.iommu.add_backing(extent) };
         let ended = self.ended(outcome);
         assert_eq!(ended, Ok(()), "backing cannot be refused");
         self.extents[at].1 = !there;
@@ -544,7 +545,11 @@ impl World {
             resolvers.into_iter().for_each(|r| r.done());
             self.complete(done);
             let record = sub.handle.lock();
-            assert!(record.fenced || record.shadow.is_empty(), "leaves something behind: {:?}", record.shadow);
+            assert!(
+                record.fenced || record.shadow.is_empty(),
+                "leaves something behind: {:?}",
+                record.shadow
+            );
             assert!(record.dropped || sub.kind == Kind::Cache, "kept after it left");
             return;
         }

@@ -75,6 +75,8 @@ pub struct Subscription {
     sub: Arc<Sub>,
     interest: Interest,
     cache: Option<Arc<CacheSeat>>,
+    /// What the replay still has under way.
+    filling: Completion,
     open: bool,
 }
 
@@ -230,8 +232,14 @@ impl Iommu {
             Home::Space(_) => None,
         };
         let sub = Sub::new(self.unit.next_id(), endpoint, Vec::new(), self.unit.this.clone());
-        let mut subscription =
-            Subscription { iommu: self.clone(), sub: sub.clone(), interest, cache: None, open: true };
+        let mut subscription = Subscription {
+            iommu: self.clone(),
+            sub: sub.clone(),
+            interest,
+            cache: None,
+            filling: Completion::ready(),
+            open: true,
+        };
         if in_callback() {
             // Only what has no answer to give can wait: a cache is asked for its fills through its subscription.
             let unit = self.unit.clone();
@@ -436,6 +444,12 @@ impl Subscription {
     #[must_use]
     pub fn interest(&self) -> Interest {
         self.interest
+    }
+
+    /// What filling the mirror at subscribe still has under way, once: its acks. Resolves when the mirror is complete; an
+    /// ack that fails has it fenced. Ready for a mirror that acknowledges at once, and for everybody else.
+    pub fn filled(&mut self) -> Completion {
+        core::mem::replace(&mut self.filling, Completion::ready())
     }
 
     /// Whether it has been cut off.
