@@ -308,6 +308,12 @@ impl DomainInner {
     /// Gives all mirrors what goes back into the record. Who refuses what it held before is fenced.
     fn fall_back(&self, state: &mut DomainState, plan: &Plan<'_>, done: &mut Completion) {
         let backing = state.backing.clone();
+        for seat in state.seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
+            // Kept for an exchange that does not come, and gone for the guest.
+            if let Err(failure) = exchange::drop_kept(seat, &backing, plan, done, &mut state.dirty) {
+                self.fence_seat(seat, &failure, done);
+            }
+        }
         for m in plan.fallback {
             for seat in state.seats.mirrors.iter_mut().filter(|seat| !seat.still_holds(m)) {
                 let mut failure = None;
