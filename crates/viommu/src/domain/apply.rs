@@ -316,6 +316,7 @@ impl DomainInner {
         }
         for m in plan.fallback {
             for seat in state.seats.mirrors.iter_mut().filter(|seat| !seat.still_holds(m)) {
+                seat.stretch(m);
                 let mut failure = None;
                 backed(&backing, m, &mut |piece| {
                     if seat.is_live() && failure.is_none() {

@@ -233,3 +233,72 @@ fn dismiss(domain: &DomainInner, state: &mut DomainState, seats: &mut Seats, don
     let _callback = CallbackScope::enter();
     seats.caches.iter().for_each(|cache| cache.invalidate(IovaRange::ALL, done));
 }
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use crate::ack::Ack;
+    use crate::addr::Gpa;
+    use crate::domain::Tables;
+    use crate::iommu::Iommu;
+    use crate::mapping::Access;
+    use crate::subscribe::{FenceFailed, Interest, Mirror, Reach, RefusalKind, Unmapped};
+    use std::sync::Mutex;
+
+    /// Holds what it is told, and refuses one map if told so.
+    struct Holder(std::sync::Arc<Mutex<(Vec<Mapping>, bool)>>);
+
+    impl Mirror for Holder {
+        fn reach(&self) -> Reach {
+            Reach::default()
+        }
+        fn map(&mut self, extent: &Mapping) -> Result<Ack, Refused> {
+            let mut held = self.0.lock().unwrap();
+            if core::mem::take(&mut held.1) {
+                return Err(Refused::new(RefusalKind::Resources, "told to refuse"));
+            }
+            assert!(!held.0.iter().any(|m| m.range.overlaps(extent.range)), "I3: {extent:?}");
+            held.0.push(*extent);
+            Ok(Ack::Done)
+        }
+        fn unmap(&mut self, range: IovaRange) -> Result<Unmapped, Refused> {
+            let mut held = self.0.lock().unwrap();
+            let gone: Vec<_> = held.0.extract_if(.., |m| m.range.overlaps(range)).collect();
+            Ok(Unmapped::done(gone.iter().map(|m| m.range.bytes()).sum()))
+        }
+        fn fence(&mut self) -> Result<(), FenceFailed> {
+            Ok(())
+        }
+        fn held(&self) -> Vec<Mapping> {
+            self.0.lock().unwrap().0.clone()
+        }
+    }
+
+    #[test]
+    fn replay_after_a_refused_step_across_its_cursor_delivers_nothing_twice() {
+        let iommu = Iommu::builder().ram(0, 1 << 20).build().unwrap();
+        let domain = iommu.create_domain(1, Tables::OwnedCut).unwrap();
+        let map = |first: u64, count: u64, gpa: u64| {
+            Mapping::new(Iova(first << 12), count << 12, Gpa(gpa << 12), Access::RW).unwrap()
+        };
+        domain.map(map(0, 5, 0)).unwrap().wait().unwrap();
+        domain.map(map(5, 5, 5)).unwrap().wait().unwrap();
+        // One that is in the middle of its replay, behind the first mapping; one that refuses.
+        let held = std::sync::Arc::new(Mutex::new((vec![map(0, 5, 0)], false)));
+        let sub = crate::deliver::Sub::new(77, None, Vec::new(), iommu.unit.this.clone());
+        let mut seat = MirrorSeat::new(sub, Interest::MIRROR, Box::new(Holder(held.clone())));
+        seat.advance(Some(Iova(5 << 12)));
+        seat.counts.held = 1;
+        lock(&domain.0.state).seats.mirrors.push(seat);
+        let refuser = std::sync::Arc::new(Mutex::new((Vec::new(), false)));
+        let space = crate::subscribe::Space::Domain(1);
+        let _s = iommu.subscribe_mirror(space, Box::new(Holder(refuser.clone())), Interest::MIRROR).unwrap();
+        refuser.lock().unwrap().1 = true;
+        domain.replace(map(3, 4, 100)).unwrap_err();
+        let mut done = Completion::ready();
+        replay(&domain.0, 77, &mut done).unwrap();
+        let mut now = held.lock().unwrap().0.clone();
+        now.sort();
+        assert_eq!(now, [map(0, 5, 0), map(5, 5, 5)]);
+    }
+}
