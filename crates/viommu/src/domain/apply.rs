@@ -103,7 +103,7 @@ impl DomainInner {
             let claimed = (plan.removed.len() as u64).saturating_add(grown);
             self.totals.give_back(claimed.saturating_sub(now as u64));
         };
-        if let Err(kind) = self.check_and_reserve(state, plan) {
+        if let Err(kind) = self.check_and_reserve(state, plan, done) {
             self.totals.give_back(grown);
             return Err(kind);
         }
@@ -135,23 +135,37 @@ impl DomainInner {
         refused
     }
 
-    fn check_and_reserve(&self, state: &mut DomainState, plan: &Plan<'_>) -> Result<(), StepErrorKind> {
-        if !plan.added.is_empty() && state.seats.mirrors.iter().any(|seat| !seat.lens.plain) {
-            self.check_reach(state, plan)?;
-        }
+    fn check_and_reserve(
+        &self,
+        state: &mut DomainState,
+        plan: &Plan<'_>,
+        done: &mut Completion,
+    ) -> Result<(), StepErrorKind> {
         let reserve = |state: &mut DomainState, list: &[Mapping]| {
             state.writer.reserve(list).map_err(|_| StepErrorKind::Cap(Cap::TableBytes))
         };
         if !plan.fallback.is_empty() && plan.fallback.len() >= plan.added.len() {
             reserve(state, plan.fallback)?;
         }
-        if plan.added.is_empty() { Ok(()) } else { reserve(state, plan.added) }
+        if !plan.added.is_empty() {
+            reserve(state, plan.added)?;
+            // Last: it fences where it cannot refuse.
+            if state.seats.mirrors.iter().any(|seat| !seat.lens.plain) {
+                return self.check_reach(state, plan, done);
+            }
+        }
+        Ok(())
     }
 
     /// Everything that a mirror can be known to refuse is refused here, before anything is published. Where the guest
     /// cannot be refused, the mirror is fenced instead.
     #[cold]
-    fn check_reach(&self, state: &mut DomainState, plan: &Plan<'_>) -> Result<(), StepErrorKind> {
+    fn check_reach(
+        &self,
+        state: &mut DomainState,
+        plan: &Plan<'_>,
+        done: &mut Completion,
+    ) -> Result<(), StepErrorKind> {
         let backing = state.backing.clone();
         let (mut added, mut removed) = (Vec::new(), Vec::new());
         plan.added.iter().for_each(|m| backed(&backing, m, &mut |piece| added.push(*piece)));
@@ -164,12 +178,9 @@ impl DomainInner {
                 if refusable {
                     return Err(kind);
                 }
-                // The removals of this step are still ahead: a fenced mirror needs none of them.
-                let mut stuck = Completion::ready();
-                self.fence_seat(seat, &kind.to_string(), &mut stuck);
-                if stuck.is_stuck() {
-                    return Err(kind);
-                }
+                // The removals of this step are still ahead: a fenced mirror needs none of them. If the fence fails the
+                // step never completes, but all others lose what is removed.
+                self.fence_seat(seat, &kind.to_string(), done);
             }
         }
         Ok(())
