@@ -67,10 +67,12 @@ impl CacheSeat {
 
     pub(crate) fn fence(&self) -> Result<(), FenceFailed> {
         self.sub.set_fenced();
+        let _callback = CallbackScope::enter();
         lock(&self.channel).cache.fence()
     }
 
     pub(crate) fn held(&self) -> Option<Vec<Mapping>> {
+        let _callback = CallbackScope::enter();
         lock(&self.channel).cache.held()
     }
 

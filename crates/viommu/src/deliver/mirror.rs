@@ -7,6 +7,7 @@ use crate::deliver::{Counts, Sub};
 use crate::domain::dirty::{DirtyLog, note_dirty};
 use crate::mapping::{Mapping, Target};
 use crate::quiesce::completion::Completion;
+use crate::quiesce::scope::CallbackScope;
 use crate::subscribe::{DirtyBitmap, FenceFailed, Interest, Mirror, Refused, Unmapped, Unreachable};
 use crate::sync::Arc;
 
@@ -47,7 +48,10 @@ pub(crate) type Failure = String;
 
 impl MirrorSeat {
     pub(crate) fn new(sub: Arc<Sub>, interest: Interest, mirror: Box<dyn Mirror>) -> Self {
-        let reach = mirror.reach();
+        let reach = {
+            let _callback = CallbackScope::enter();
+            mirror.reach()
+        };
         Self {
             sub,
             lens: Lens::new(interest, reach),
@@ -154,7 +158,10 @@ impl MirrorSeat {
         }
         if self.in_step {
             self.in_step = false;
-            let ack = self.mirror.commit();
+            let ack = {
+                let _callback = CallbackScope::enter();
+                self.mirror.commit()
+            };
             self.note(ack, done);
         }
     }
@@ -316,11 +323,13 @@ impl MirrorSeat {
         self.live = false;
         self.in_step = false;
         self.sub.set_fenced();
+        let _callback = CallbackScope::enter();
         self.mirror.fence()
     }
 
     /// What the mirror says it holds.
     pub(crate) fn held(&self) -> Vec<Mapping> {
+        let _callback = CallbackScope::enter();
         self.mirror.held()
     }
 }

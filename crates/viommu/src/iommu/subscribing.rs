@@ -47,6 +47,7 @@ impl Subscriber {
             return Err(SubscribeError::Invalid("the window wraps with its offset"));
         }
         if let Self::Mirror(mirror) = self {
+            let _callback = CallbackScope::enter();
             check_reach(&mirror.reach())?;
         }
         Ok(())
