@@ -277,6 +277,7 @@ impl Endpoint {
     /// # Errors
     /// See [`AttachErrorKind`] and [`AttachError`].
     pub fn detach(&self) -> Result<Completion, AttachError> {
+        let _scope = StepScope::enter().map_err(|_| AttachErrorKind::InCallback)?;
         let moves: Vec<_> = {
             let control = lock(&self.iommu.unit.control);
             let pasids = control.endpoints.iter().filter(|(id, member)| {
