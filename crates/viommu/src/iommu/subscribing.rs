@@ -250,15 +250,20 @@ impl Iommu {
             }
             after_the_step(move || {
                 let _scope = StepScope::enter();
-                if let Err(why) = unit.seat(home, &sub, subscriber, interest) {
+                let mut filling = Completion::ready();
+                if let Err(why) = unit.seat(home, &sub, subscriber, interest, &mut filling) {
                     unit.totals.alarm(&Incident::SubscriptionRefused { subscription: sub.id(), why });
                 }
             });
             return Ok(subscription);
         }
         let _scope = StepScope::enter();
-        match self.unit.seat(home, &sub, subscriber, interest) {
-            Ok(cache) => subscription.cache = cache,
+        let mut filling = Completion::ready();
+        match self.unit.seat(home, &sub, subscriber, interest, &mut filling) {
+            Ok(cache) => {
+                subscription.cache = cache;
+                subscription.filling = filling;
+            }
             Err(error) => {
                 subscription.open = false;
                 return Err(error);
@@ -276,6 +281,7 @@ impl Unit {
         sub: &Arc<Sub>,
         subscriber: Subscriber,
         interest: Interest,
+        done: &mut Completion,
     ) -> Result<Option<Arc<CacheSeat>>, SubscribeError> {
         let mut control = lock(&self.control);
         if control.homes.len() >= self.config.subscriptions {
@@ -324,11 +330,10 @@ impl Unit {
         if let Some(shared) = &shared {
             sub.serve(shared);
         }
-        let mut done = Completion::ready();
         match (&domain, home) {
             (Some(domain), _) => {
                 let endpoint = sub.endpoint();
-                if let Err((_, error)) = join(domain, seats, endpoint, &regions, &mut done) {
+                if let Err((_, error)) = join(domain, seats, endpoint, &regions, done) {
                     return Err(match error {
                         ReplayError::Refused(refused) => SubscribeError::Refused(refused),
                         ReplayError::Fenced(why) => SubscribeError::Fenced(why),

@@ -13,7 +13,7 @@ use crate::addr::IovaRange;
 use crate::deliver::Sub;
 use crate::endpoint::EndpointId;
 use crate::quiesce::lease::Lent;
-use crate::quiesce::scope::in_callback;
+use crate::quiesce::scope::{StepScope, in_callback, in_step};
 use crate::quiesce::slot::{Grace, thread_holds_a_guard};
 use crate::quiesce::space::Space;
 use crate::sync::{Arc, Ordering, StdArc};
@@ -162,7 +162,11 @@ impl Completion {
 
     fn advance(&mut self, waker: Option<&Waker>) -> bool {
         let Some(work) = self.0.as_mut() else { return true };
-        if work.advance(waker) {
+        // Fencing takes locks that this thread may hold now.
+        let may_fence = !in_callback() && !in_step();
+        // Callbacks may follow, of leases: what they put off is done when this is over.
+        let _scope = StepScope::enter();
+        if work.advance(waker, may_fence) {
             self.0 = None;
             return true;
         }
@@ -255,7 +259,7 @@ impl Work {
         self.places.push(Place { space: space.clone(), endpoint, ranges: ranges.to_vec() });
     }
 
-    fn advance(&mut self, waker: Option<&Waker>) -> bool {
+    fn advance(&mut self, waker: Option<&Waker>, may_fence: bool) -> bool {
         if self.stuck {
             return false;
         }
@@ -266,8 +270,7 @@ impl Work {
                         match waiting.poll(waker) {
                             None => return false,
                             Some(true) => {}
-                            // Fencing takes locks that this thread may hold now.
-                            Some(false) if in_callback() => return false,
+                            Some(false) if !may_fence => return false,
                             Some(false) => {
                                 if !sub.fence("a call was answered with a failure") {
                                     self.stuck = true;

@@ -77,6 +77,12 @@ pub(crate) fn in_callback() -> bool {
     CALLBACKS.with(Cell::get) != 0
 }
 
+/// Whether this thread is inside a step: it may hold locks.
+#[inline]
+pub(crate) fn in_step() -> bool {
+    STEPS.with(Cell::get) != 0
+}
+
 /// Puts `f` off until the step that this callback belongs to is over.
 pub(crate) fn after_the_step(f: impl FnOnce() + 'static) {
     LATER.with(|later| later.borrow_mut().push(Box::new(f)));
