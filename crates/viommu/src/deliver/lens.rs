@@ -47,7 +47,10 @@ impl Lens {
     pub(crate) fn identity_clip(&self, regions: &[Region]) -> Vec<IovaRange> {
         let mut parts: Vec<IovaRange> = Vec::new();
         for aperture in &self.reach.apertures {
-            let Some(aperture) = self.interest.inward(*aperture) else { continue };
+            // Inside the window, where addresses do not wrap with the offset.
+            let window = self.interest.outward(self.interest.window);
+            let inside = aperture.intersect(window).and_then(|a| self.interest.inward(a));
+            let Some(aperture) = inside else { continue };
             let mut at = Some(aperture.start());
             for region in regions.iter().filter(|r| r.range.overlaps(aperture)) {
                 let before = region.range.start().0.checked_sub(1).map(Iova);
@@ -79,8 +82,23 @@ impl Lens {
         };
         match &self.clip_to {
             None => push(clipped),
-            Some(parts) => parts.iter().filter_map(|part| clipped.clip(*part)).for_each(&mut push),
+            Some(parts) => {
+                let parts = parts.iter().filter_map(|part| self.whole_pages(&clipped.clip(*part)?));
+                parts.for_each(&mut push);
+            }
         }
+    }
+
+    /// What of an identity extent is made of the host's pages.
+    fn whole_pages(&self, extent: &Mapping) -> Option<Mapping> {
+        let mask = self.reach.granule().wrapping_sub(1);
+        let outward = self.interest.outward(extent.range);
+        let start = outward.start().0.checked_add(mask)? & !mask;
+        let end = (u128::from(outward.last().0) + 1) & !u128::from(mask);
+        let last = u64::try_from(end.checked_sub(1)?).ok()?;
+        let range = self.interest.inward(IovaRange::new(Iova(start), Iova(last))?)?;
+        // An offset that is none of the host's pages leaves nothing that it can hold.
+        extent.clip(range).filter(|m| m.gpa.0 & mask == 0)
     }
 }
 
