@@ -127,15 +127,18 @@ fn change_backing(domain: &DomainInner, backing: &Arc<Backing>, gpas: GpaRange, 
         let (mut old, mut new) = (Vec::new(), Vec::new());
         backed(&before, &m, &mut |piece| old.push(*piece));
         backed(backing, &m, &mut |piece| new.push(*piece));
+        let gone: Vec<_> = old.iter().filter(|p| !new.contains(p)).copied().collect();
+        let came: Vec<_> = new.iter().filter(|p| !old.contains(p)).copied().collect();
         for seat in state.seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
             // Piece by piece: the extents of neighbours stay (I13).
-            let gone = old.iter().filter(|p| !new.contains(p));
             let outcome = gone
+                .iter()
                 .map(|piece| seat.remove(core::slice::from_ref(piece), done, &mut state.dirty))
                 .collect::<Result<(), _>>()
                 .and_then(|()| {
-                    let came = new.iter().filter(|p| !old.contains(p));
-                    came.map(|piece| seat.add(piece, done))
+                    seat.check(&came, 0).map_err(|(why, range)| format!("backing of {range}: {why}"))?;
+                    came.iter()
+                        .map(|piece| seat.add(piece, done))
                         .collect::<Result<(), _>>()
                         .map_err(|error| format!("backing of {}: {error:?}", m.range))
                 });
