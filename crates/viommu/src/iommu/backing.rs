@@ -7,6 +7,7 @@ use crate::backing::{Backing, Extent, Medium};
 use crate::deliver::backed;
 use crate::domain::inner::DomainInner;
 use crate::domain::plan::Op;
+use crate::endpoint::{EndpointShared, Sight};
 use crate::error::{StepError, StepErrorKind};
 use crate::iommu::Iommu;
 use crate::iommu::unit::Control;
@@ -103,8 +104,13 @@ fn identity_of(extent: Extent) -> Mapping {
 
 fn publish(control: &mut Control, backing: &Arc<Backing>) {
     control.backing = backing.clone();
-    for member in control.endpoints.values() {
-        member.shared.publish(|sight| crate::endpoint::Sight { backing: backing.clone(), ..sight.copy() });
+    let publish = |shared: &EndpointShared| {
+        shared.publish(|sight| Sight { backing: backing.clone(), ..sight.copy() });
+    };
+    control.endpoints.values().for_each(|member| publish(&member.shared));
+    for domain in control.spaces() {
+        let state = lock(&domain.state);
+        state.seats.caches.iter().filter_map(|cache| cache.own.as_deref()).for_each(publish);
     }
 }
 

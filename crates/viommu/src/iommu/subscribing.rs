@@ -310,15 +310,13 @@ impl Unit {
                 seats.mirrors.push(seat);
             }
             Subscriber::Cache(cache) => {
-                let shared = match (&shared, &domain) {
-                    (Some(shared), _) => shared.clone(),
-                    (None, domain) => {
-                        let sight = control.sight(None, &regions, None, domain.clone());
-                        EndpointShared::new(None, sight)
-                    }
-                };
-                let reader = Reader::new(&shared, &format!("cache {}", sub.id()));
-                let seat = CacheSeat::new(sub.clone(), interest, cache, reader);
+                let own = shared
+                    .is_none()
+                    .then(|| EndpointShared::new(None, control.sight(None, &regions, None, domain.clone())));
+                let label = format!("cache {}", sub.id());
+                let Some(sees) = shared.as_ref().or(own.as_ref()) else { return Err(SubscribeError::Gone) };
+                let reader = Reader::new(sees, &label);
+                let seat = CacheSeat::new(sub.clone(), interest, own, cache, reader);
                 cache_seat = Some(seat.clone());
                 seats.caches.push(seat);
             }
