@@ -80,8 +80,9 @@ impl Iommu {
         state.backing = backing;
         drop(state);
         // Whatever was mapped to it may be in use by anybody.
-        for domain in control.spaces() {
-            done.add_removal(&domain.readers, None, &[IovaRange::ALL]);
+        control.retired.retain(|readers| !readers.is_unused());
+        for readers in control.spaces().map(|domain| &domain.readers).chain(&control.retired) {
+            done.add_removal(readers, None, &[IovaRange::ALL]);
         }
         match gone {
             Ok(()) => Ok(done),

@@ -43,8 +43,12 @@ impl Iommu {
         let mut control = lock(&self.unit.control);
         let inside = control
             .spaces()
-            .flat_map(|domain| domain.readers.inside())
+            .map(|domain| &domain.readers)
+            .chain(&control.retired)
+            .flat_map(|readers| readers.inside())
             .map(|slot| (EndpointId::from_key(slot.endpoint), slot.label.to_string()))
+            .collect::<std::collections::BTreeSet<_>>()
+            .into_iter()
             .collect();
         let mut done = Completion::ready();
         let mut refused = None;
@@ -226,6 +230,10 @@ impl Unit {
         drop(state);
         let space = domain.space;
         control.homes.retain(|_, home| *home != Home::Space(space));
+        control.retired.retain(|readers| !readers.is_unused());
+        if !domain.readers.is_unused() {
+            control.retired.push(domain.readers.clone());
+        }
         let _callback = CallbackScope::enter();
         drop(seats);
         Some(done)

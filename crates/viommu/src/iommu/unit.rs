@@ -87,6 +87,8 @@ pub(crate) struct Control {
     /// Where each subscription hangs.
     pub(crate) homes: BTreeMap<u64, Home>,
     pub(crate) next_set: u64,
+    /// The readers of domains that are gone, as long as one of them may be inside.
+    pub(crate) retired: Vec<Arc<space::Space>>,
 }
 
 /// Where a subscription hangs.
