@@ -43,7 +43,8 @@ impl Domain {
     /// At most about `limit` extents are looked at in one call, which says where to go on.
     ///
     /// # Errors
-    /// [`StepErrorKind::WrongKind`] where the record is viommu's own; caps. The guest cannot be refused: a mirror that
+    /// [`StepErrorKind::WrongKind`] where the record is viommu's own; caps: what is gone has been removed then, and
+    /// what is new is not there. The guest cannot be refused: a mirror that
     /// cannot follow is fenced, or the extent left out, as its [`Reach`](crate::subscribe::Reach) says.
     pub fn sync(&self, range: IovaRange, walk: &mut dyn Walk, limit: usize) -> Result<Progress, StepError> {
         let _scope = StepScope::enter().map_err(|_| StepErrorKind::InCallback)?;
@@ -85,10 +86,16 @@ impl DomainInner {
             }
             fits
         });
-        self.run(state, &[Op::Assign(compared, legal)], true, done)?;
+        let mut outcome = self.run(state, &[Op::Assign(compared, legal.clone())], true, done);
+        if outcome.is_err() {
+            // A cap keeps out what is new. What the guest took away is gone all the same (L3).
+            legal.retain(|m| state.writer.next(m.range.start()) == Some(*m));
+            let gone = self.run(state, &[Op::Assign(compared, legal)], true, done);
+            outcome = outcome.and(gone);
+        }
         self.tell_caches(state, &[compared], done);
         self.note_removal(&[compared], false, done);
-        Ok(next)
+        outcome.map(|()| next)
     }
 }
 
