@@ -153,6 +153,11 @@ impl Domain {
             if domain.walker.is_none() {
                 return Err(StepErrorKind::WrongKind("the record is viommu's own: say what changed"));
             }
+            if state.writer.len() != 0 {
+                return Err(StepErrorKind::WrongKind(
+                    "the record is not empty: it needs a sync of the range",
+                ));
+            }
             domain.tell_caches(state, &[range], done);
             domain.note_removal(&[range], false, done);
             Ok(())
