@@ -385,7 +385,7 @@ impl Sight {
             (Medium::Rom, _) => (Place::Rom, hit.access & Access::READ),
             (Medium::Mmio, _) | (_, Target::Mmio) => (Place::Mmio, hit.access),
         };
-        if !allowed.contains(access) {
+        if !allowed.contains(access) || allowed.is_empty() {
             return Err(self.fault(iova, access, FaultReason::Permission));
         }
         let left = hit.left.min(extent.range.last().0.wrapping_sub(hit.gpa.0)).min(stop.wrapping_sub(iova.0));
