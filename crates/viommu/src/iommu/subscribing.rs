@@ -553,14 +553,21 @@ impl Subscription {
             let held = cache.held()?;
             let mut due = Vec::new();
             if let Some(state) = state {
+                let mut due_of = |m: &Mapping| {
+                    backed(&state.backing, m, &mut |piece| {
+                        let inside = piece.clip(self.interest.window);
+                        due.extend(inside.map(|m| Mapping { range: self.interest.outward(m.range), ..m }));
+                    });
+                };
                 match domain.and_then(|d| d.walker.as_ref()) {
                     // The guest's tables may be newer than what was announced: what they say now counts.
-                    Some(walker) => due.extend(held.iter().filter_map(|m| walker.walk(m.range.start()))),
-                    None => state.writer.for_each(IovaRange::ALL, &mut |m| {
-                        backed(&state.backing, &m, &mut |piece| {
-                            let range = self.interest.outward(piece.range);
-                            due.push(Mapping { range, ..*piece });
-                        });
+                    Some(walker) => {
+                        let starts = held.iter().filter_map(|m| self.interest.inward(m.range));
+                        let walked: Vec<_> = starts.filter_map(|range| walker.walk(range.start())).collect();
+                        walked.iter().for_each(&mut due_of);
+                    }
+                    None => state.writer.for_each(self.interest.window, &mut |m| {
+                        due_of(&m);
                         ControlFlow::Continue(())
                     }),
                 }
