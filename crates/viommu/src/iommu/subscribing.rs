@@ -585,11 +585,17 @@ impl Subscription {
     pub fn reach_changed(&self, reach: Reach) -> Result<Completion, SubscribeError> {
         let _scope = StepScope::enter().map_err(|_| SubscribeError::Invalid("inside a callback"))?;
         check_reach(&reach)?;
-        let control = lock(&self.iommu.unit.control);
+        let mut control = lock(&self.iommu.unit.control);
         let home = *control.homes.get(&self.id()).ok_or(SubscribeError::Gone)?;
         let (domain, _, regions) = place(&control, home)?;
         let mut done = Completion::ready();
-        let Some(domain) = domain else { return Err(SubscribeError::Gone) };
+        let Some(domain) = domain else {
+            // Blocked: it holds nothing, and is looked at with the new reach when it comes somewhere.
+            let members = control.endpoints.values_mut();
+            let seat = members.flat_map(|m| &mut m.parked.mirrors).find(|s| s.sub.id() == self.id());
+            seat.ok_or(SubscribeError::Invalid("not a mirror"))?.lens.set_reach(reach);
+            return Ok(done);
+        };
         // Emptied with the old reach, filled with the new one: the simple way, for a rare event.
         let mut seats = leave_one(&domain, self.id(), &mut done);
         let [seat] = seats.mirrors.as_mut_slice() else {
