@@ -19,6 +19,7 @@ use crate::quiesce::scope::{CallbackScope, StepScope, after_the_step, in_callbac
 use crate::reader::{Fault, FaultReason, Reader};
 use crate::subscribe::{Binding, Cache, Interest, Kinds, Mirror, Observer, Reach, Space};
 use crate::sync::{Arc, lock};
+use crate::table::PAGE;
 
 /// Whoever can be subscribed.
 enum Subscriber {
@@ -47,6 +48,11 @@ impl Subscriber {
             return Err(SubscribeError::Invalid("the window wraps with its offset"));
         }
         if let Self::Mirror(mirror) = self {
+            if !interest.window.is_aligned(PAGE) || interest.offset & (PAGE - 1) != 0 {
+                return Err(SubscribeError::Invalid(
+                    "a mirror's window and offset must be made of 4 KiB pages",
+                ));
+            }
             let _callback = CallbackScope::enter();
             check_reach(&mirror.reach())?;
         }
