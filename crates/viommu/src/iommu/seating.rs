@@ -11,7 +11,7 @@ use crate::endpoint::{EndpointId, Region};
 use crate::mapping::Mapping;
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
-use crate::subscribe::{Refused, Unreachable};
+use crate::subscribe::{RefusalKind, Refused, Unreachable};
 use crate::sync::{Arc, lock};
 
 /// Mappings delivered under one taking of the domain's lock, so that a replay does not stop the domain.
@@ -91,6 +91,13 @@ pub(crate) fn join(
     }
     {
         let mut state = lock(&domain.state);
+        // Looked at before the attach began; the domain may have changed since.
+        let meets = |r: &Region| state.writer.next(r.range.start()).filter(|m| m.range.overlaps(r.range));
+        let met = if domain.is_identity() { None } else { regions.iter().find_map(meets) };
+        if let Some(m) = met.filter(|_| endpoint.is_some()) {
+            let why = format!("the mapping at {} meets a region", m.range);
+            return Err((seats, ReplayError::Refused(Refused::new(RefusalKind::Range, why))));
+        }
         state.seats.append(seats);
         if let Some(endpoint) = endpoint {
             add_regions(&mut state, endpoint, regions);
