@@ -22,6 +22,24 @@ impl Unit {
         control: &mut Control,
         moves: &[(EndpointId, Option<View>)],
     ) -> Result<Completion, AttachError> {
+        let mut views: Vec<View> = moves.iter().filter_map(|(_, to)| *to).collect();
+        let members = moves.iter().filter_map(|(id, _)| control.endpoints.get(id));
+        views.extend(members.map(|member| control.view_of(member)));
+        views.push(control.default_view());
+        let outcome = self.move_unsettled(control, moves);
+        for view in views {
+            if let Ok(Some(domain)) = control.space_of(view) {
+                self.settle_wanted(&domain);
+            }
+        }
+        outcome
+    }
+
+    fn move_unsettled(
+        &self,
+        control: &mut Control,
+        moves: &[(EndpointId, Option<View>)],
+    ) -> Result<Completion, AttachError> {
         let mut done = Completion::ready();
         let mut movers = Vec::new();
         for (id, attached) in moves {
@@ -105,15 +123,7 @@ impl Unit {
             let why = "the guest does not announce new entries (no caching mode)";
             return Err(Refused::new(RefusalKind::Unsupported, why));
         }
-        let old = lock(&target.state).seats.wanted();
-        self.ask_producer(target.space, old, old | wanted)
-    }
-
-    /// Tells the model that some have gone.
-    fn less_wanted(&self, domain: &Arc<DomainInner>, before: Kinds) {
-        let now = lock(&domain.state).seats.wanted();
-        // It cannot refuse that.
-        let _ = self.ask_producer(domain.space, before, now);
+        self.ask_producer(target, wanted)
     }
 
     /// Moves one endpoint. On an error, `true`: it is where it was; `false`: it has nothing now.
@@ -135,7 +145,6 @@ impl Unit {
             self.rebind(control, binding, id, source.as_ref(), target.as_ref(), done)
                 .map_err(|refused| (AttachErrorKind::Refused(refused), true))?;
         }
-        let wanted_before = source.as_ref().map(|s| lock(&s.state).seats.wanted());
         // A mirror cannot be at two places, and a cache that fills must be told of steps where it fills from: between
         // the old view and the new one there is none (L6).
         let followed = look_at(control, source.as_ref(), id, |seats| !seats.wanted_by(id).is_empty());
@@ -162,19 +171,12 @@ impl Unit {
                 Ok(())
             }
         };
-        if let (Some(source), Some(before)) = (&source, wanted_before) {
-            self.less_wanted(source, before);
-        }
         match outcome {
             Ok(()) => {
                 shared.publish(|sight| sight.moved_to(target.clone()));
                 Ok(())
             }
             Err((seats, error)) => {
-                if let Some(target) = &target {
-                    let before = lock(&target.state).seats.wanted() | seats.wanted();
-                    self.less_wanted(target, before);
-                }
                 let kind = AttachErrorKind::Refused(refused_of(error));
                 let back = match &source {
                     Some(source) => join(source, seats, Some(id), &regions, done).map_err(|(seats, _)| seats),
@@ -262,9 +264,7 @@ impl Unit {
         let abandon = |domain: &Arc<DomainInner>, sub: &Arc<Sub>, done: &mut Completion| {
             sub.forsake(id);
             if sub.serves_nobody() {
-                let before = lock(&domain.state).seats.wanted();
                 drop(leave_one(domain, sub.id(), done));
-                self.less_wanted(domain, before);
             }
         };
         let ack = match outcome {

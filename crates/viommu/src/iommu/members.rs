@@ -228,6 +228,7 @@ impl Unit {
         state.dead = true;
         let seats = core::mem::take(&mut state.seats);
         drop(state);
+        self.settle_wanted(&domain);
         let space = domain.space;
         control.homes.retain(|_, home| *home != Home::Space(space));
         control.retired.retain(|readers| !readers.is_unused());

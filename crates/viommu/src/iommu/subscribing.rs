@@ -290,10 +290,26 @@ impl Unit {
         done: &mut Completion,
     ) -> Result<Option<Arc<CacheSeat>>, SubscribeError> {
         let mut control = lock(&self.control);
+        let outcome = self.seat_unsettled(&mut control, home, sub, subscriber, interest, done);
+        if let Some(domain) = domain_of(&control, home).filter(|_| outcome.is_err()) {
+            self.settle_wanted(&domain);
+        }
+        outcome
+    }
+
+    fn seat_unsettled(
+        &self,
+        control: &mut Control,
+        home: Home,
+        sub: &Arc<Sub>,
+        subscriber: Subscriber,
+        interest: Interest,
+        done: &mut Completion,
+    ) -> Result<Option<Arc<CacheSeat>>, SubscribeError> {
         if control.homes.len() >= self.config.subscriptions {
             return Err(SubscribeError::Cap(Cap::Subscriptions));
         }
-        let (domain, shared, regions) = place(&control, home)?;
+        let (domain, shared, regions) = place(control, home)?;
         if let Some(domain) = &domain {
             let space = domain.space;
             self.check_produced(domain, interest.kinds).map_err(|why| SubscribeError::NotProduced {
@@ -353,7 +369,7 @@ impl Unit {
         }
         control.homes.insert(sub.id(), home);
         if let (true, Home::Endpoint(id)) = (is_mirror, home) {
-            unfence(&control, id);
+            unfence(control, id);
         }
         Ok(cache_seat)
     }
@@ -366,10 +382,8 @@ impl Unit {
         let mut seats = Seats::default();
         let domain = domain_of(&control, home);
         if let Some(domain) = &domain {
-            let before = lock(&domain.state).seats.wanted();
             seats = leave_one(domain, id, &mut done);
-            let now = lock(&domain.state).seats.wanted();
-            let _ = self.ask_producer(domain.space, before, now); // cannot be refused
+            self.settle_wanted(domain);
         } else if let Home::Endpoint(endpoint) = home {
             if let Some(member) = control.endpoints.get_mut(&endpoint) {
                 seats = member.parked.take(id);
@@ -394,7 +408,11 @@ impl Unit {
             control.endpoints.get(&id).map(|m| control.view_of(m)).unwrap_or(crate::endpoint::View::Blocked);
         let target = control.space_of(view).map_err(|_| SubscribeError::Gone)?;
         let mut done = Completion::ready();
-        if let Err(refused) = self.rebind(control, binding, id, None, target.as_ref(), &mut done) {
+        let outcome = self.rebind(control, binding, id, None, target.as_ref(), &mut done);
+        if let Some(target) = &target {
+            self.settle_wanted(target);
+        }
+        if let Err(refused) = outcome {
             if let Some(member) = control.endpoints.get_mut(&id) {
                 member.binding = None;
             }
