@@ -68,6 +68,10 @@ impl Sub {
         lock_std(&self.serves).retain(|e| e.id != Some(id));
     }
 
+    pub(crate) fn serves(&self, id: EndpointId) -> bool {
+        lock_std(&self.serves).iter().any(|e| e.id == Some(id))
+    }
+
     pub(crate) fn serves_nobody(&self) -> bool {
         lock_std(&self.serves).is_empty()
     }

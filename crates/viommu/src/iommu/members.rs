@@ -66,13 +66,13 @@ impl Iommu {
         }
         for group in sets_of(&control, &attached) {
             let moves: Vec<_> = group.iter().map(|id| (*id, None)).collect();
-            match self.unit.move_all(&mut control, &moves) {
+            match self.unit.move_all(&mut control, &moves, false) {
                 Ok(completion) => done.merge(completion),
                 Err(error) => {
                     done.merge(error.completion);
                     refused = refused.or(Some(error.kind));
                     let blocks: Vec<_> = group.iter().map(|id| (*id, Some(View::Blocked))).collect();
-                    match self.unit.move_all(&mut control, &blocks) {
+                    match self.unit.move_all(&mut control, &blocks, false) {
                         Ok(completion) => done.merge(completion),
                         Err(error) => done.merge(error.completion),
                     }
@@ -149,11 +149,13 @@ impl Unit {
             if let Some(member) = control.endpoints.get_mut(&id) {
                 member.set = None;
             }
-            let gone = match self.move_all(&mut control, &[(id, Some(View::Blocked))]) {
-                Ok(completion) => completion,
-                Err(error) => error.completion,
-            };
-            done.merge(gone);
+            match self.move_all(&mut control, &[(id, Some(View::Blocked))], false) {
+                Ok(completion) => done.merge(completion),
+                Err(error) => {
+                    done.merge(error.completion);
+                    self.block(&mut control, id, &error.kind.to_string(), &mut done);
+                }
+            }
             if let Some(member) = control.endpoints.remove(&id) {
                 member.shared.publish(|sight| sight.moved_to(None));
                 control.homes.retain(|_, home| *home != Home::Endpoint(id));
@@ -200,12 +202,7 @@ impl Unit {
         // Moved as if each were attached to what the switch will say, then left to the switch.
         let to = if on { View::Identity } else { View::Blocked };
         let moves: Vec<_> = idle.iter().map(|id| (*id, Some(to))).collect();
-        // Who is fenced stays where it is: nowhere.
-        let moves: Vec<_> = moves
-            .into_iter()
-            .filter(|(id, _)| control.endpoints.get(id).is_some_and(|m| !m.shared.sight().1.fenced))
-            .collect();
-        let moved = self.move_all(control, &moves);
+        let moved = self.move_all(control, &moves, true);
         let blocked = moved.as_ref().err().map(|e| e.blocked.clone()).unwrap_or_default();
         for id in idle.iter().filter(|id| !blocked.contains(id)) {
             if let Some(member) = control.endpoints.get_mut(id) {

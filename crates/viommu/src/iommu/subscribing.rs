@@ -164,7 +164,8 @@ impl Endpoint {
     }
 
     /// Says that the host switches this endpoint with `binding` from now on. It must see nothing yet, or what it sees is
-    /// bound at once.
+    /// bound at once. A fenced endpoint that has been detached from what was fenced, and whose device has been reset, is
+    /// bound again: its way back.
     ///
     /// # Errors
     /// [`SubscribeError::Gone`], or what the binding refused.
@@ -403,7 +404,14 @@ impl Unit {
         binding: u64,
     ) -> Result<Completion, SubscribeError> {
         let Some(member) = control.endpoints.get_mut(&id) else { return Err(SubscribeError::Gone) };
-        member.binding = Some(binding);
+        let before = member.binding;
+        match before {
+            Some(other) if other != binding => {
+                return Err(SubscribeError::Invalid("another binding switches the endpoint"));
+            }
+            Some(_) if !member.shared.sight().1.fenced => return Ok(Completion::ready()),
+            _ => member.binding = Some(binding),
+        }
         let view =
             control.endpoints.get(&id).map(|m| control.view_of(m)).unwrap_or(crate::endpoint::View::Blocked);
         let target = control.space_of(view).map_err(|_| SubscribeError::Gone)?;
@@ -414,10 +422,11 @@ impl Unit {
         }
         if let Err(refused) = outcome {
             if let Some(member) = control.endpoints.get_mut(&id) {
-                member.binding = None;
+                member.binding = before;
             }
             return Err(SubscribeError::Refused(refused));
         }
+        unfence(control, id);
         Ok(done)
     }
 }
@@ -453,7 +462,7 @@ fn unfence(control: &Control, id: EndpointId) {
     let fenced = |seats: &Seats| {
         let mirrors = seats.mirrors.iter().map(|s| &s.sub);
         let caches = seats.caches.iter().map(|s| &s.sub);
-        mirrors.chain(caches).any(|sub| sub.endpoint() == Some(id) && sub.is_fenced())
+        mirrors.chain(caches).any(|sub| (sub.endpoint() == Some(id) || sub.serves(id)) && sub.is_fenced())
     };
     let still = domain.as_ref().map_or_else(|| fenced(&member.parked), |d| fenced(&lock(&d.state).seats));
     if !still {
