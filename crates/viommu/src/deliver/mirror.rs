@@ -5,6 +5,7 @@ use crate::addr::{Iova, IovaRange};
 use crate::deliver::lens::Lens;
 use crate::deliver::{Counts, Sub};
 use crate::domain::dirty::{DirtyLog, note_dirty};
+use crate::error::Incident;
 use crate::mapping::{Mapping, Target};
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
@@ -325,6 +326,20 @@ impl MirrorSeat {
         self.sub.set_fenced();
         let _callback = CallbackScope::enter();
         self.mirror.fence()
+    }
+
+    /// Cuts the device off, and tells the embedder. `false`: that failed.
+    pub(crate) fn fence_and_tell(&mut self, why: &str) -> bool {
+        if !self.live {
+            return true;
+        }
+        let (subscription, endpoint) = (self.sub.id(), self.sub.endpoint());
+        let outcome = self.fence();
+        self.sub.alarm(&match &outcome {
+            Ok(()) => Incident::Fenced { subscription, endpoint, why: why.into() },
+            Err(failed) => Incident::FenceFailed { subscription, endpoint, why: format!("{why}; {failed}") },
+        });
+        outcome.is_ok()
     }
 
     /// What the mirror says it holds.

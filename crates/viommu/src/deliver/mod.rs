@@ -10,6 +10,7 @@ use crate::addr::GpaRange;
 use crate::backing::{Backing, Medium};
 use crate::change::Change;
 use crate::endpoint::{EndpointId, EndpointShared, Sight};
+use crate::error::Incident;
 use crate::iommu::unit::Unit;
 use crate::mapping::{Access, Mapping, Target};
 use crate::subscribe::{Interest, Kinds, Observer, Space};
@@ -74,6 +75,12 @@ impl Sub {
 
     pub(crate) fn serves_nobody(&self) -> bool {
         lock_std(&self.serves).is_empty()
+    }
+
+    pub(crate) fn alarm(&self, incident: &Incident) {
+        if let Some(unit) = self.unit.upgrade() {
+            unit.totals.alarm(incident);
+        }
     }
 
     /// Fences the subscriber from outside a step; `false` when that failed.

@@ -7,7 +7,7 @@ use crate::deliver::backed;
 use crate::deliver::mirror::{AddError, MirrorSeat};
 use crate::domain::exchange;
 use crate::domain::inner::{DomainInner, DomainState};
-use crate::error::{Cap, Incident, StepErrorKind};
+use crate::error::{Cap, StepErrorKind};
 use crate::mapping::Mapping;
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
@@ -343,18 +343,9 @@ impl DomainInner {
 
     /// Cuts a mirror off. If that fails the step never completes, and the embedder hears of it.
     pub(crate) fn fence_seat(&self, seat: &mut MirrorSeat, why: &str, done: &mut Completion) {
-        if !seat.is_live() {
-            return;
+        if !seat.fence_and_tell(why) {
+            done.set_stuck();
         }
-        let (subscription, endpoint) = (seat.sub.id(), seat.sub.endpoint());
-        let incident = match seat.fence() {
-            Ok(()) => Incident::Fenced { subscription, endpoint, why: why.into() },
-            Err(failed) => {
-                done.set_stuck();
-                Incident::FenceFailed { subscription, endpoint, why: format!("{why}; {failed}") }
-            }
-        };
-        self.totals.alarm(&incident);
     }
 
     fn tell_observers(&self, state: &mut DomainState, removed: &[Mapping], added: &[Mapping]) {

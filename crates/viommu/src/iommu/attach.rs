@@ -235,7 +235,8 @@ impl Unit {
             for sub in bound {
                 sub.forsake(id);
                 if sub.serves_nobody() {
-                    drop(leave_one(domain, sub.id(), done));
+                    let seats = leave_one(domain, sub.id(), done);
+                    done.let_go(seats.mirrors);
                 }
             }
         }
@@ -296,7 +297,8 @@ impl Unit {
         let abandon = |domain: &Arc<DomainInner>, sub: &Arc<Sub>, done: &mut Completion| {
             sub.forsake(id);
             if sub.serves_nobody() {
-                drop(leave_one(domain, sub.id(), done));
+                let seats = leave_one(domain, sub.id(), done);
+                done.let_go(seats.mirrors);
             }
         };
         let ack = match outcome {

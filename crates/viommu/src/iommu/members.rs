@@ -156,10 +156,11 @@ impl Unit {
                     self.block(&mut control, id, &error.kind.to_string(), &mut done);
                 }
             }
-            if let Some(member) = control.endpoints.remove(&id) {
+            if let Some(mut member) = control.endpoints.remove(&id) {
                 member.shared.publish(|sight| sight.moved_to(None));
                 control.homes.retain(|_, home| *home != Home::Endpoint(id));
                 // The subscribers go with it: empty by now, or fenced.
+                done.let_go(core::mem::take(&mut member.parked.mirrors));
                 let _callback = CallbackScope::enter();
                 drop(member.parked);
             }
@@ -223,7 +224,7 @@ impl Unit {
         let gone = domain.run(&mut state, &[Op::Unmap(IovaRange::ALL)], false, &mut done);
         debug_assert!(gone.is_ok(), "a removal cannot be refused");
         state.dead = true;
-        let seats = core::mem::take(&mut state.seats);
+        let mut seats = core::mem::take(&mut state.seats);
         drop(state);
         self.settle_wanted(&domain);
         let space = domain.space;
@@ -232,6 +233,7 @@ impl Unit {
         if !domain.readers.is_unused() {
             control.retired.push(domain.readers.clone());
         }
+        done.let_go(core::mem::take(&mut seats.mirrors));
         let _callback = CallbackScope::enter();
         drop(seats);
         Some(done)

@@ -391,6 +391,7 @@ impl Unit {
             }
         }
         drop(control);
+        done.let_go(core::mem::take(&mut seats.mirrors));
         let _callback = CallbackScope::enter();
         drop(seats);
         done

@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 
 use crate::ack::Waiting;
 use crate::addr::IovaRange;
-use crate::deliver::Sub;
+use crate::deliver::{MirrorSeat, Sub};
 use crate::endpoint::EndpointId;
 use crate::quiesce::lease::Lent;
-use crate::quiesce::scope::{StepScope, in_callback, in_step};
+use crate::quiesce::scope::{CallbackScope, StepScope, in_callback, in_step};
 use crate::quiesce::slot::{Grace, thread_holds_a_guard};
 use crate::quiesce::space::Space;
-use crate::sync::{Arc, Ordering, StdArc};
+use crate::sync::{Arc, Ordering, StdArc, StdMutex, lock_std};
 
 /// Ranges remembered one by one; beyond that their hull, which only ever waits for more.
 const RANGES: usize = 32;
@@ -35,6 +35,8 @@ struct Work {
     acks: Vec<(Arc<Sub>, Waiting)>,
     places: Vec<Place>,
     phase: Phase,
+    /// Those that have left and have not acknowledged all: still there to be fenced.
+    leaving: StdMutex<Vec<MirrorSeat>>,
     /// A fence did not hold: this never resolves.
     stuck: bool,
     /// When it was first found pending.
@@ -117,7 +119,9 @@ impl Completion {
     fn work(&mut self) -> &mut Work {
         self.0.get_or_insert_with(|| {
             let phase = Phase::Acks;
-            Box::new(Work { acks: Vec::new(), places: Vec::new(), phase, stuck: false, since: None })
+            let leaving = StdMutex::default();
+            let (acks, places) = (Vec::new(), Vec::new());
+            Box::new(Work { acks, places, phase, leaving, stuck: false, since: None })
         })
     }
 
@@ -128,6 +132,19 @@ impl Completion {
 
     pub(crate) fn add_ack(&mut self, sub: &Arc<Sub>, waiting: Waiting) {
         self.work().acks.push((sub.clone(), waiting));
+    }
+
+    /// Lets go of mirrors that have left: at once, or when they have acknowledged all that is awaited of them.
+    pub(crate) fn let_go(&mut self, mirrors: Vec<MirrorSeat>) {
+        let acks = self.0.as_ref().map_or(&[][..], |work| &work.acks);
+        let owes =
+            |seat: &MirrorSeat| seat.is_live() && acks.iter().any(|(sub, _)| sub.id() == seat.sub.id());
+        let (owing, free): (Vec<_>, Vec<_>) = mirrors.into_iter().partition(owes);
+        if !owing.is_empty() {
+            lock_std(&self.work().leaving).extend(owing);
+        }
+        let _callback = CallbackScope::enter();
+        drop(free);
     }
 
     pub(crate) fn set_stuck(&mut self) {
@@ -146,6 +163,8 @@ impl Completion {
             place.space.outstanding.fetch_sub(1, Ordering::Relaxed);
         }
         ours.stuck |= theirs.stuck;
+        ours.since = [ours.since, theirs.since].into_iter().flatten().min();
+        lock_std(&ours.leaving).append(&mut lock_std(&theirs.leaving));
         other.0 = None;
     }
 
@@ -272,7 +291,14 @@ impl Work {
                             Some(true) => {}
                             Some(false) if !may_fence => return false,
                             Some(false) => {
-                                if !sub.fence("a call was answered with a failure") {
+                                let why = "a call was answered with a failure";
+                                let mut leaving = lock_std(&self.leaving);
+                                let seat = leaving.iter_mut().find(|seat| seat.sub.id() == sub.id());
+                                let fenced = match seat {
+                                    Some(seat) => seat.fence_and_tell(why),
+                                    None => sub.fence(why),
+                                };
+                                if !fenced {
                                     self.stuck = true;
                                     return false;
                                 }
