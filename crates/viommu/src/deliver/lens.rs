@@ -13,13 +13,15 @@ pub(crate) struct Lens {
     pub(crate) reach: Reach,
     /// Inside an identity view: the apertures less the reserved regions, in the domain's addresses.
     clip_to: Option<Vec<IovaRange>>,
+    /// Here the guest cannot be refused.
+    may_leave_out: bool,
     /// Nothing to clip, nothing to check: every piece of memory goes to the mirror as it is.
     pub(crate) plain: bool,
 }
 
 impl Lens {
     pub(crate) fn new(interest: Interest, reach: Reach) -> Self {
-        let mut lens = Self { interest, reach, clip_to: None, plain: false };
+        let mut lens = Self { interest, reach, clip_to: None, may_leave_out: false, plain: false };
         lens.settle();
         lens
     }
@@ -33,8 +35,10 @@ impl Lens {
             && self.reach.entries.is_none();
     }
 
-    pub(crate) fn set_clip(&mut self, clip_to: Option<Vec<IovaRange>>) {
+    /// Comes to an address space: what of an identity view it may hold, and whether the guest can be refused there.
+    pub(crate) fn set_space(&mut self, clip_to: Option<Vec<IovaRange>>, refusable: bool) {
         self.clip_to = clip_to;
+        self.may_leave_out = !refusable;
         self.settle();
     }
 
@@ -73,7 +77,7 @@ impl Lens {
             return;
         }
         let Some(clipped) = piece.clip(self.interest.window) else { return };
-        let leave_out = self.reach.out_of_reach == OutOfReach::LeaveOut;
+        let leave_out = self.may_leave_out && self.reach.out_of_reach == OutOfReach::LeaveOut;
         let mut push = |m: Mapping| {
             let extent = Mapping { range: self.interest.outward(m.range), ..m };
             if !(leave_out && self.reach.refuses(&extent).is_some()) {

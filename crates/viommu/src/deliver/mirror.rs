@@ -68,8 +68,8 @@ impl MirrorSeat {
     }
 
     /// Comes to an address space, holding nothing.
-    pub(crate) fn arrive(&mut self, clip_to: Option<Vec<IovaRange>>) {
-        self.lens.set_clip(clip_to);
+    pub(crate) fn arrive(&mut self, clip_to: Option<Vec<IovaRange>>, refusable: bool) {
+        self.lens.set_space(clip_to, refusable);
         self.cursor = Some(Iova(0));
     }
 

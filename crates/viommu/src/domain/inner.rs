@@ -98,4 +98,9 @@ impl DomainInner {
     pub(crate) fn is_identity(&self) -> bool {
         self.space == Space::Identity
     }
+
+    /// Whether the guest can be told of a refusal.
+    pub(crate) fn is_refusable(&self) -> bool {
+        self.walker.is_none() && !self.is_identity()
+    }
 }

@@ -37,7 +37,7 @@ pub(crate) fn fits(
     regions: &[Region],
 ) -> Result<(), (Unreachable, IovaRange)> {
     let mut lens = lens.clone();
-    lens.set_clip(clip_to(domain, &lens, regions));
+    lens.set_space(clip_to(domain, &lens, regions), domain.is_refusable());
     if lens.plain {
         return Ok(());
     }
@@ -87,7 +87,7 @@ pub(crate) fn join(
         .chain(seats.observers.iter().map(|s| s.sub.id()))
         .collect();
     for seat in &mut seats.mirrors {
-        seat.arrive(clip_to(domain, &seat.lens, regions));
+        seat.arrive(clip_to(domain, &seat.lens, regions), domain.is_refusable());
     }
     {
         let mut state = lock(&domain.state);

@@ -299,7 +299,7 @@ fn inside_a_callback_steps_are_errors_and_subscribing_waits() {
             drop(leaving.lock().unwrap().take());
         }));
         over(domain.map(rw(0, 9, 1)).unwrap());
-        assert_eq!(ran.load(std::sync::atomic::Ordering::Relaxed), 1);
+        assert_eq!(ran.load(std::sync::atomic::Ordering::Relaxed), 2, "in its map, and as it leaves");
         assert_eq!(l.held(), [rw(0, 9, 1)], "subscribed after the step");
         assert!(m.lock().dropped && m.held().is_empty(), "left after the step");
         assert!(late.lock().unwrap()[0].audit().unwrap().is_clean());
@@ -556,4 +556,22 @@ fn an_invalidation_is_not_enough_where_there_is_a_record() {
     guest.set(&[]);
     guest.sync(&domain, IovaRange::ALL);
     over(domain.invalidate(pages(0, 9)).unwrap());
+}
+
+#[test]
+fn nothing_is_left_out_where_the_guest_can_be_refused() {
+    let (iommu, _, domain) = attached();
+    let reach = Reach {
+        apertures: vec![pages(0, 9)],
+        out_of_reach: viommu::subscribe::OutOfReach::LeaveOut,
+        ..Reach::default()
+    };
+    let (_s, _) = mirror_on(&iommu, 1, reach.clone());
+    let kind = domain.map(rw(20, 20, 1)).unwrap_err().kind;
+    assert!(matches!(kind, StepErrorKind::Unreachable { why: Unreachable::Aperture, .. }));
+    let other = iommu.create_domain(2, Tables::Owned).unwrap();
+    over(other.map(rw(20, 20, 1)).unwrap());
+    let (mirror, _) = RecordingMirror::new(reach);
+    let error = iommu.subscribe_mirror(Space::Domain(2), mirror, Interest::MIRROR).unwrap_err();
+    assert!(matches!(error, SubscribeError::Unreachable { .. }));
 }
