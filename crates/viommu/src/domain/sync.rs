@@ -122,8 +122,10 @@ fn gather(
     let mut last = range.last();
     let (mut at, mut seen) = (start, 0_usize);
     loop {
-        let theirs = walk.next(at, last).filter(|m| m.range.last() >= at && m.range.start() <= last);
         let ours = state.writer.next(at).filter(|m| m.range.start() <= last);
+        // Ours has to be covered whole: the guest is asked about all of it.
+        last = ours.map_or(last, |m| m.range.last().max(last));
+        let theirs = walk.next(at, last).filter(|m| m.range.last() >= at && m.range.start() <= last);
         // The nearer one first; the widest end of all that begins in front of it must be covered.
         let Some(nearest) = theirs.iter().chain(&ours).map(|m| m.range.start().max(at)).min() else { break };
         let mut end = nearest;
@@ -133,8 +135,7 @@ fn gather(
             guest.push(m);
         }
         if let Some(m) = ours.filter(|m| m.range.start() <= nearest) {
-            // The guest's extents under ours are walked next; ours only has to be covered whole.
-            last = last.max(m.range.last());
+            // The guest's extents under ours are walked next.
             if theirs.is_none_or(|t| t.range.start() > nearest) {
                 let stop = theirs.map_or(m.range.last(), |t| Iova(t.range.start().0.wrapping_sub(1)));
                 end = end.max(m.range.last().min(stop));

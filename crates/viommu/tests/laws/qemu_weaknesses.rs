@@ -296,3 +296,17 @@ fn out_of_reach_in_tables_fences_or_is_left_out_as_declared() {
     assert!(!left.is_fenced());
     assert_eq!(l.held(), [rw(5, 5, 1)]);
 }
+
+#[test]
+fn a_large_page_of_which_only_a_part_stays_keeps_that_part() {
+    let guest = Guest::default();
+    let (iommu, _) = unit();
+    let domain = iommu.create_domain(1, guest.tables()).unwrap();
+    let (_s, m) = mirror_on(&iommu, 1, Reach::default());
+    guest.set(&[rw(0, 511, 0)]);
+    guest.sync(&domain, pages(0, 511));
+    // Nothing is left at the page that is invalidated, some is behind it.
+    guest.set(&[rw(5, 6, 700)]);
+    guest.sync(&domain, pages(0, 0));
+    assert_eq!(m.held(), [rw(5, 6, 700)]);
+}
