@@ -141,6 +141,9 @@ fn gather(
                 end = end.max(m.range.last().min(stop));
             }
         }
+        // Nor may one of ours be cut where the guest's have led.
+        let across = state.writer.next(last).filter(|m| m.range.contains(last));
+        last = across.map_or(last, |m| m.range.last());
         seen = seen.saturating_add(1);
         let Some(next) = end.checked_add(1).filter(|next| *next <= last) else { break };
         at = next;

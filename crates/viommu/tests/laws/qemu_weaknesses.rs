@@ -310,3 +310,16 @@ fn a_large_page_of_which_only_a_part_stays_keeps_that_part() {
     guest.sync(&domain, pages(0, 0));
     assert_eq!(m.held(), [rw(5, 6, 700)]);
 }
+
+#[test]
+fn small_pages_that_become_a_large_one_are_not_cut_at_its_end() {
+    let guest = Guest::default();
+    let (iommu, _) = unit();
+    let domain = iommu.create_domain(1, guest.tables()).unwrap();
+    let (_s, m) = mirror_on(&iommu, 1, Reach::default());
+    guest.set(&[rw(10, 14, 0)]);
+    guest.sync(&domain, pages(10, 14));
+    guest.set(&[rw(0, 11, 100)]);
+    guest.sync(&domain, pages(0, 1));
+    assert_eq!(m.held(), [rw(0, 11, 100)]);
+}
