@@ -140,13 +140,11 @@ fn change_backing(domain: &DomainInner, backing: &Arc<Backing>, gpas: GpaRange, 
             // Piece by piece: the extents of neighbours stay (I13).
             let outcome = gone
                 .iter()
-                .map(|piece| seat.remove(core::slice::from_ref(piece), done, &mut state.dirty))
-                .collect::<Result<(), _>>()
+                .try_for_each(|piece| seat.remove(core::slice::from_ref(piece), done, &mut state.dirty))
                 .and_then(|()| {
                     seat.check(&came, 0).map_err(|(why, range)| format!("backing of {range}: {why}"))?;
                     came.iter()
-                        .map(|piece| seat.add(piece, done))
-                        .collect::<Result<(), _>>()
+                        .try_for_each(|piece| seat.add(piece, done))
                         .map_err(|error| format!("backing of {}: {error:?}", m.range))
                 });
             if let Err(why) = outcome {

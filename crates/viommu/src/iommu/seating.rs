@@ -253,7 +253,7 @@ mod tests {
     use std::sync::Mutex;
 
     /// Holds what it is told, and refuses one map if told so.
-    struct Holder(std::sync::Arc<Mutex<(Vec<Mapping>, bool)>>);
+    struct Holder(Arc<Mutex<(Vec<Mapping>, bool)>>);
 
     impl Mirror for Holder {
         fn reach(&self) -> Reach {
@@ -291,13 +291,13 @@ mod tests {
         domain.map(map(0, 5, 0)).unwrap().wait().unwrap();
         domain.map(map(5, 5, 5)).unwrap().wait().unwrap();
         // One that is in the middle of its replay, behind the first mapping; one that refuses.
-        let held = std::sync::Arc::new(Mutex::new((vec![map(0, 5, 0)], false)));
+        let held = Arc::new(Mutex::new((vec![map(0, 5, 0)], false)));
         let sub = crate::deliver::Sub::new(77, None, Vec::new(), iommu.unit.this.clone());
         let mut seat = MirrorSeat::new(sub, Interest::MIRROR, Box::new(Holder(held.clone())));
         seat.advance(Some(Iova(5 << 12)));
         seat.counts.held = 1;
         lock(&domain.0.state).seats.mirrors.push(seat);
-        let refuser = std::sync::Arc::new(Mutex::new((Vec::new(), false)));
+        let refuser = Arc::new(Mutex::new((Vec::new(), false)));
         let space = crate::subscribe::Space::Domain(1);
         let _s = iommu.subscribe_mirror(space, Box::new(Holder(refuser.clone())), Interest::MIRROR).unwrap();
         refuser.lock().unwrap().1 = true;
