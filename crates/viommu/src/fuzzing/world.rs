@@ -1,19 +1,22 @@
-//! A unit with endpoints, domains and subscribers, and what they should be.
+//! A unit with endpoints, domains and subscribers, and the steps that are played on it.
+
+mod check;
+mod subscribers;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use viommu::endpoint::{Region, RegionKind};
 use viommu::reader::Walker;
-use viommu::subscribe::{OutOfReach, Reach};
+use viommu::subscribe::Reach;
 use viommu::{
-    Access, AttachError, AttachErrorKind, Cap, Completion, Endpoint, EndpointConfig, EndpointId, Extent,
-    FaultReason, FillError, Gpa, GpaRange, Interest, Iommu, Iova, IovaRange, Kinds, Mapping, Medium, Place,
-    Reader, ResetKind, Space, StepError, StepErrorKind, SubscribeError, Subscription, Tables, View,
+    Access, AttachError, AttachErrorKind, Cap, Completion, Endpoint, EndpointConfig, EndpointId, Extent, Gpa,
+    GpaRange, Interest, Iommu, Iova, IovaRange, Mapping, Medium, Reader, ResetKind, Space, StepError,
+    StepErrorKind, Subscription, Tables, View,
 };
 
-use super::recording::{Event, Handle, RecordingCache, RecordingMirror, RecordingObserver};
-use super::reference::{PAGE, Pages, given, medium_at, range_of};
+use super::recording::{Handle, RecordingMirror};
+use super::reference::{PAGE, Pages, range_of};
 
 /// Pages of a domain that steps play with.
 const WIDTH: u64 = 16;
@@ -73,7 +76,7 @@ struct Sub {
     sound: bool,
 }
 
-pub struct World {
+pub(super) struct World {
     iommu: Iommu,
     base: u64,
     cap: u64,
@@ -95,7 +98,7 @@ fn extent(first: u64, last: u64, medium: Medium) -> Extent {
 }
 
 impl World {
-    pub fn new(header: u8) -> Self {
+    pub(super) fn new(header: u8) -> Self {
         let initial_bypass = header & 1 != 0;
         let base = if header & 2 != 0 { (u64::MAX / PAGE) - (WIDTH - 1) } else { 0 };
         let cap = if header & 4 != 0 { 5 } else { 1 << 20 };
@@ -271,7 +274,7 @@ impl World {
         (self.base + first, self.base + (first + u64::from(a >> 4)).min(WIDTH - 1))
     }
 
-    pub fn step(&mut self, [op, a, b, c, d, e]: [u8; 6]) {
+    pub(super) fn step(&mut self, [op, a, b, c, d, e]: [u8; 6]) {
         let id = DOMAINS[usize::from(d) % 2];
         match op % 24 {
             0..=4 => self.batch(id, &[(0, [a, b, c])], e & 1 != 0),
@@ -537,317 +540,8 @@ impl World {
         self.extents[at].1 = !there;
     }
 
-    fn subscribe(&mut self, [a, b, c, d]: [u8; 4]) {
-        let slot = usize::from(a) % SLOTS;
-        if let Some(sub) = self.subs[slot].take() {
-            let done = sub.subscription.leave();
-            let resolvers = core::mem::take(&mut sub.handle.lock().resolvers);
-            resolvers.into_iter().for_each(|r| r.done());
-            self.complete(done);
-            let record = sub.handle.lock();
-            assert!(
-                record.fenced || record.shadow.is_empty(),
-                "leaves something behind: {:?}",
-                record.shadow
-            );
-            assert!(record.dropped || sub.kind == Kind::Cache, "kept after it left");
-            return;
-        }
-        let home = match b % 6 {
-            0..=2 => Home::Endpoint(usize::from(b) % 6),
-            3 => Home::Space(Space::Identity),
-            _ => Home::Space(Space::Domain(DOMAINS[usize::from(b) / 6 % 3])),
-        };
-        let window = match c & 3 {
-            0 | 1 => IovaRange::ALL,
-            2 => range_of(self.base + 4, self.base + 11),
-            _ => range_of(self.base, self.base + 7),
-        };
-        let offset = match c & 12 {
-            4 if window != IovaRange::ALL && self.base == 0 => 64 * PAGE,
-            4 if window != IovaRange::ALL => (64 * PAGE).wrapping_neg(),
-            _ => 0,
-        };
-        let kind = match c >> 4 {
-            0..=3 => Kind::Cache,
-            4 => Kind::Observer,
-            _ => Kind::Mirror,
-        };
-        let kinds = if kind == Kind::Cache { Kinds::UNMAP } else { Kinds::MAP | Kinds::UNMAP };
-        let interest = Interest::all_of(kinds).within(window).with_offset(offset);
-        let mut reach = Reach {
-            replace: d & 1 != 0,
-            wide_unmap: d & 2 == 0,
-            batches: d & 4 != 0,
-            mmio: d & 8 != 0,
-            out_of_reach: if d & 16 != 0 { OutOfReach::LeaveOut } else { OutOfReach::Fence },
-            ..Reach::default()
-        };
-        match d >> 5 {
-            1 => reach.page_sizes = !0x1fff,
-            2 => reach.entries = Some(3),
-            3 => {
-                let at = |f: u64, l: u64| {
-                    let range = range_of(self.base + f, self.base + l);
-                    let start = Iova(range.start().0.wrapping_add(offset));
-                    IovaRange::new(start, Iova(range.last().0.wrapping_add(offset))).unwrap()
-                };
-                reach.apertures = vec![at(0, 5), at(8, 15)];
-            }
-            _ => {}
-        }
-        let sound = kind != Kind::Mirror || d >> 5 == 0 || d >> 5 > 3;
-        let on = self.iommu.clone();
-        let outcome;
-        let handle;
-        macro_rules! subscribe {
-            ($made:expr, $at_endpoint:ident, $at_space:ident) => {{
-                let (subscriber, its) = $made;
-                handle = its;
-                outcome = match home {
-                    Home::Endpoint(at) => self.endpoints[at].$at_endpoint(subscriber, interest),
-                    Home::Space(space) => on.$at_space(space, subscriber, interest),
-                };
-            }};
-        }
-        match kind {
-            Kind::Mirror => {
-                subscribe!(RecordingMirror::new(reach.clone()), subscribe_mirror, subscribe_mirror);
-            }
-            Kind::Cache => subscribe!(RecordingCache::new(), subscribe_cache, subscribe_cache),
-            Kind::Observer => {
-                subscribe!(RecordingObserver::new(), subscribe_observer, subscribe_observer);
-            }
-        }
-        match outcome {
-            Ok(subscription) => {
-                self.subs[slot] = Some(Sub { subscription, handle, kind, home, interest, reach, sound });
-            }
-            Err(error) => {
-                assert!(!sound, "refused for no reason: {error}");
-                assert!(matches!(error, SubscribeError::Unreachable { .. }), "not foreseen: {error}");
-                assert!(handle.lock().log.is_empty(), "called before it was refused");
-            }
-        }
-    }
-
-    fn fill(&mut self, slot: usize, b: u8, c: u8) {
-        let Some(sub) = self.subs[slot].as_ref().filter(|s| s.kind == Kind::Cache) else { return };
-        let page = self.base + u64::from(b & 15);
-        let iova = Iova((page * PAGE + 8).wrapping_add(sub.interest.offset));
-        let access = [Access::READ, Access::WRITE, Access::RW, Access::empty()][usize::from(c & 3)];
-        let due = self.due_of(sub).get(&((iova.0 - 8) / PAGE)).copied();
-        match sub.subscription.fill(iova, access) {
-            Ok(entry) => {
-                let (gpa, allowed) = due.expect("L9: filled with what is not there");
-                assert!(entry.range.contains(iova) && allowed == entry.access && allowed.contains(access));
-                assert_eq!(entry.translate(iova).0 / PAGE, gpa);
-            }
-            Err(FillError::Fault(fault)) => {
-                let may = due.is_none_or(|(_, allowed)| !allowed.contains(access));
-                assert!(may || fault.reason == FaultReason::Fenced, "not filled: {fault}");
-            }
-            Err(error) => panic!("not filled: {error}"),
-        }
-    }
-
-    /// Trouble: a call is refused, acks come later.
-    fn meddle(&mut self, slot: usize, b: u8, c: u8) {
-        let Some(sub) = self.subs[slot].as_mut().filter(|s| s.kind == Kind::Mirror) else { return };
-        if b & 1 != 0 {
-            let pending = sub.handle.lock().pending;
-            sub.handle.lock().pending = !pending;
-            return;
-        }
-        sub.sound = false;
-        let (nth, times) = (usize::from(c & 3) + 1, usize::from(c >> 6) % 3 + 1);
-        let of: fn(&Event) -> bool = match b >> 1 & 3 {
-            0 => |e| matches!(e, Event::Unmap(_)),
-            _ => |e| matches!(e, Event::Map(_) | Event::Replace(..)),
-        };
-        sub.handle.refuse_nth(nth, times, of);
-    }
-
-    fn replay(&mut self, slot: usize) {
-        let Some(sub) = &self.subs[slot] else { return };
-        let sound = sub.sound;
-        match sub.subscription.replay() {
-            Ok(done) => self.complete(done),
-            Err(error) => assert!(!sound, "a replay refused for no reason: {error}"),
-        }
-    }
-
-    /// What a mirror must hold, or a cache may: by page, in the subscriber's addresses.
-    fn due_of(&self, sub: &Sub) -> BTreeMap<u64, (u64, Access)> {
-        let Some(space) = self.space_of(sub.home) else { return BTreeMap::new() };
-        let is_mirror = sub.kind == Kind::Mirror;
-        let walked = space == Space::Domain(WALKED) && !is_mirror;
-        let pages = if walked { self.guest.pages() } else { self.pages_of(space) };
-        let backing = self.backing();
-        let none = Vec::new();
-        let regions = match sub.home {
-            Home::Endpoint(at) => &self.regions[at],
-            Home::Space(_) => &none,
-        };
-        let outward = |page: u64| (page * PAGE).wrapping_add(sub.interest.offset) / PAGE;
-        let in_identity = |page: u64| {
-            let range = range_of(page, page);
-            let there = Iova(outward(page) * PAGE);
-            pages.0.contains_key(&page)
-                && !regions.iter().any(|r| r.range.overlaps(range))
-                && sub.reach.apertures.iter().any(|a| a.contains(there))
-        };
-        let mut due = BTreeMap::new();
-        for (page, cell) in &pages.0 {
-            let range = range_of(*page, *page);
-            if !sub.interest.window.covers(range) {
-                continue;
-            }
-            let Some((gpa, access, mmio)) = given(&backing, cell) else { continue };
-            if is_mirror && mmio && !sub.reach.mmio {
-                continue;
-            }
-            if !is_mirror && regions.iter().any(|r| r.range.overlaps(range)) {
-                continue;
-            }
-            if is_mirror && space == Space::Identity {
-                let pair = sub.reach.granule() == PAGE || in_identity(page & !1) && in_identity(page | 1);
-                if !(in_identity(*page) && pair) {
-                    continue;
-                }
-            }
-            due.insert(outward(*page), (gpa, access));
-        }
-        due
-    }
-
-    fn held(sub: &Sub) -> BTreeMap<u64, (u64, Access)> {
-        let mut held = BTreeMap::new();
-        for m in sub.handle.held() {
-            let (first, last) = (m.range.start().0 / PAGE, m.range.last().0 / PAGE);
-            for page in first..=last {
-                let twice = held.insert(page, (m.gpa.0 / PAGE + (page - first), m.access));
-                assert_eq!(twice, None, "two entries over one page");
-            }
-        }
-        held
-    }
-
-    pub fn check(&mut self) {
-        for (id, pages) in &self.domains {
-            pages.check(&self.iommu.domain(*id).unwrap());
-        }
-        for (at, endpoint) in self.endpoints.iter().enumerate() {
-            assert_eq!(endpoint.view(), Some(self.view(at)), "{} sees something else", endpoint.id());
-        }
-        for sub in self.subs.iter().flatten() {
-            self.check_sub(sub);
-        }
-        for at in 0..self.endpoints.len() {
-            self.check_endpoint(at);
-        }
-    }
-
-    fn check_sub(&self, sub: &Sub) {
-        let fenced = sub.handle.lock().fenced;
-        assert_eq!(sub.subscription.is_fenced(), fenced);
-        assert!(!(fenced && sub.sound), "L11: fenced for no reason");
-        if fenced {
-            return;
-        }
-        for event in sub.handle.take() {
-            let range = match event {
-                Event::Map(m) | Event::Install(m) | Event::Replace(_, m) => m.range,
-                Event::Unmap(range) | Event::Invalidate(range) => range,
-                Event::Changed(change) => change.range(),
-                Event::Fence | Event::Moved(..) => continue,
-            };
-            let window = sub.interest.window;
-            let start = window.start().0.wrapping_add(sub.interest.offset);
-            let last = window.last().0.wrapping_add(sub.interest.offset);
-            assert!(range.start().0 >= start && range.last().0 <= last, "I8: {event:?} outside the window");
-        }
-        let (due, held) = (self.due_of(sub), Self::held(sub));
-        match sub.kind {
-            Kind::Mirror => {
-                let all = sub.reach.out_of_reach == OutOfReach::Fence
-                    || self.space_of(sub.home) != Some(Space::Domain(WALKED));
-                if all {
-                    assert_eq!(held, due, "I1: a mirror that is not equal");
-                } else {
-                    let within = held.iter().all(|(page, what)| due.get(page) == Some(what));
-                    assert!(within, "I1: {held:?} beyond {due:?}");
-                }
-                let counts = sub.subscription.counts();
-                assert_eq!(counts.held, sub.handle.lock().shadow.len() as u64, "miscounted");
-            }
-            Kind::Cache => {
-                for (page, what) in &held {
-                    assert_eq!(due.get(page), Some(what), "I2: stale at page {page:#x}");
-                }
-            }
-            Kind::Observer => return,
-        }
-        let audit = sub.subscription.audit().expect("it tells what it holds");
-        assert!(audit.is_clean(), "L16: {audit:?}");
-    }
-
-    fn check_endpoint(&mut self, at: usize) {
-        let view = self.view(at);
-        let fenced = self.endpoints[at].is_fenced();
-        let backing = self.backing();
-        let pages = match view {
-            View::Blocked => None,
-            View::Identity => Some(self.pages_of(Space::Identity)),
-            View::Domain(WALKED) => Some(self.guest.pages()),
-            View::Domain(id) => self.domains.get(&id).cloned(),
-        };
-        let guard = self.readers[at].enter();
-        for page in self.base..=self.base + (WIDTH - 1) {
-            let iova = Iova(page * PAGE + 16);
-            for access in [Access::READ, Access::WRITE] {
-                let answer = guard.probe(iova, access);
-                let answer = answer.map(|t| (t.gpa, t.access, t.place)).map_err(|f| f.reason);
-                let region = self.regions[at].iter().find(|r| r.range.contains(iova));
-                let due = match (region, &pages) {
-                    (Some(r), _) if r.kind == RegionKind::Msi && access == Access::WRITE => {
-                        Ok((Gpa(iova.0), Access::WRITE, Place::Msi))
-                    }
-                    (Some(_), _) => Err(FaultReason::Reserved),
-                    _ if fenced => Err(FaultReason::Fenced),
-                    (None, None) => Err(FaultReason::Blocked),
-                    (None, Some(pages)) => Self::answer(pages, &backing, page, access),
-                };
-                assert_eq!(answer, due, "{:?} of {iova} at {}", access, self.endpoints[at].id());
-            }
-        }
-    }
-
-    fn answer(
-        pages: &Pages,
-        backing: &[Extent],
-        page: u64,
-        access: Access,
-    ) -> Result<(Gpa, Access, Place), FaultReason> {
-        let cell = pages.0.get(&page).filter(|c| !c.access.is_empty()).ok_or(FaultReason::Unmapped)?;
-        if !cell.access.contains(access) {
-            return Err(FaultReason::Permission);
-        }
-        let medium = medium_at(backing, cell.gpa).ok_or(FaultReason::NoBacking)?;
-        let place = match medium {
-            Medium::Rom => Place::Rom,
-            Medium::Ram if !cell.mmio => Place::Ram,
-            _ => Place::Mmio,
-        };
-        let allowed = if medium == Medium::Rom { cell.access & Access::READ } else { cell.access };
-        if !allowed.contains(access) {
-            return Err(FaultReason::Permission);
-        }
-        Ok((Gpa(cell.gpa * PAGE + 16), allowed, place))
-    }
-
     /// A fresh mirror of each space holds what the reference says; when all have left, nothing is left.
-    pub fn finish(mut self) {
+    pub(super) fn finish(mut self) {
         let spaces = DOMAINS.map(Space::Domain).into_iter().chain([Space::Identity]);
         for space in spaces {
             let (mirror, handle) = RecordingMirror::new(Reach::default());
@@ -865,9 +559,9 @@ impl World {
             fresh.subscription.leave().wait().unwrap();
             assert!(handle.lock().shadow.is_empty());
         }
-        for slot in 0..SLOTS {
+        for (slot, at) in (0..SLOTS).zip(0..) {
             if self.subs[slot].is_some() {
-                self.subscribe([slot as u8, 0, 0, 0]);
+                self.subscribe([at, 0, 0, 0]);
             }
         }
         self.check();

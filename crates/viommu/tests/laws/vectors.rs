@@ -29,7 +29,8 @@ fn scene(mapped: &[viommu::Mapping], tables: Tables, window: IovaRange) -> Scene
     for m in mapped {
         cache.fill(m.range.start(), Access::READ).unwrap();
     }
-    (m.take(), c.take());
+    m.take();
+    c.take();
     Scene { iommu, endpoint, domain, m, c, _subscriptions: [mirror, cache] }
 }
 
