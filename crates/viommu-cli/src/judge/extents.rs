@@ -14,8 +14,9 @@ pub(crate) fn covered(extent: &Mapping, list: &[Mapping], any: bool) -> bool {
         if m.range.start() > at {
             return false;
         }
-        let same = any || (m.translate(at) == extent.translate(at) && m.access == extent.access);
-        if m.range.last() < at || !same {
+        if m.range.last() < at
+            || !(any || (m.translate(at) == extent.translate(at) && m.access == extent.access))
+        {
             continue;
         }
         if m.range.last() >= extent.range.last() {

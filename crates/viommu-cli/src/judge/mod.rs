@@ -45,6 +45,7 @@ impl Judge {
     /// Takes the next entry.
     pub(crate) fn take(&mut self, entry: &Entry) {
         let line = entry.line;
+        self.entries += 1;
         if let Some(stats) = &mut self.stats {
             stats.at(entry);
         }
@@ -69,7 +70,10 @@ impl Judge {
             Event::EndpointRemoved { endpoint } => self.endpoint_removed(endpoint),
             Event::Reset(reset) => self.reset(line, reset),
             Event::SwitchAddressSpace { bus, devfn, enabled } => self.switched(bus, devfn, enabled),
-            Event::Bypass { on } | Event::Config { bypass: on, .. } => self.bypass(on),
+            Event::Bypass { on } | Event::Config { bypass: on, .. } => {
+                self.settle_switch();
+                self.bypass(on);
+            }
             Event::ReservedRegion { endpoint, kind, range } => self.reserved(endpoint, kind, range),
             Event::Fault { endpoint, address, .. } => self.fault_told(endpoint, address),
             Event::RegionAdded { region } => self.region_added(region),

@@ -107,6 +107,9 @@ impl Judge {
     /// Takes all away from an endpoint.
     fn block(&mut self, endpoint: u32, asked: bool) {
         let Some(ep) = self.endpoints.get_mut(&endpoint) else { return };
+        if ep.lost && !self.op.absent.contains(&endpoint) {
+            self.op.absent.push(endpoint);
+        }
         let view = ep.handle.view();
         if view == Some(View::Blocked) && !ep.follower.is_fenced() {
             return;
@@ -413,7 +416,7 @@ impl Judge {
         for (id, ep) in endpoints.iter_mut().filter(|(_, ep)| ep.follower.is_fenced()) {
             if ep.follower.newly_fenced() {
                 tally.fences += 1;
-                op.fenced.push(*id);
+                op.absent.push(*id);
             }
             ep.lost = true;
             if options.unfence && ep.follower.renew(&Home::Endpoint(&ep.handle), options).is_ok() {

@@ -136,7 +136,7 @@ impl Judge {
         let Some(ep) = self.endpoints.get(&endpoint) else { return true };
         if ep.lost
             || ep.follower.is_fenced()
-            || self.op.fenced.contains(&endpoint)
+            || self.op.absent.contains(&endpoint)
             || ep.place == Place::Unknown
         {
             return true;

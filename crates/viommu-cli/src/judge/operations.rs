@@ -47,15 +47,15 @@ impl Judge {
             super::told::lock(&waiting.told).clear();
         }
         // Its lists keep their room.
-        let Op { mut removed, mut lost, mut quiet, mut notified, mut involved, mut fenced, .. } =
+        let Op { mut removed, mut lost, mut quiet, mut notified, mut involved, mut absent, .. } =
             core::mem::take(&mut self.op);
         removed.clear();
         lost.clear();
         quiet.clear();
         notified.clear();
         involved.clear();
-        fenced.clear();
-        self.op = Op { removed, lost, quiet, notified, involved, fenced, ..Op::default() };
+        absent.clear();
+        self.op = Op { removed, lost, quiet, notified, involved, absent, ..Op::default() };
         self.audit_now_and_then();
     }
 
@@ -91,6 +91,7 @@ impl Judge {
         let outcome = self.step_map(domain, mapping);
         let outcome = match outcome {
             Err(StepErrorKind::Reserved { .. }) if self.forget_assumed(domain) => {
+                self.listen(domain, true);
                 self.step_map(domain, mapping)
             }
             outcome => outcome,
@@ -250,6 +251,9 @@ impl Judge {
     pub(super) fn unmapped(&mut self, line: u64, domain: u32, range: IovaRange) {
         self.shows_removals = true;
         let own = self.op.kind == Kind::Unmap && self.op.domain == domain;
+        if own && self.op.range.is_some_and(|asked| !asked.covers(range)) {
+            self.tally.differ(line, || format!("the log removed {range}, which the guest did not ask for"));
+        }
         if own && !self.op.by_lines {
             let at = self.op.removed.partition_point(|(m, _)| m.range.start() < range.start());
             if let Some((m, said)) = self.op.removed.get_mut(at).filter(|(m, said)| m.range == range && !said)
@@ -262,8 +266,8 @@ impl Judge {
             if self.op.lost.iter().any(|m| m.range == range) {
                 return;
             }
-        } else if self.removed_by_line(domain, range) {
-            if own && !core::mem::replace(&mut self.op.existed, true) {
+        } else if let Some(ours) = self.removed_by_line(domain, range) {
+            if own && ours && !core::mem::replace(&mut self.op.existed, true) {
                 let whole = self.op.range.is_some_and(|range| range.is_aligned(4096));
                 self.tally.deviate(if whole { CUT } else { PART_UNMAP });
             }
@@ -274,17 +278,15 @@ impl Judge {
         }
     }
 
-    /// Removes what the log says went; whether there was such a mapping.
-    fn removed_by_line(&mut self, domain: u32, range: IovaRange) -> bool {
-        let Some(dom) = self.domains.get_mut(&domain) else { return false };
+    /// Removes what the log says went; whether it was our record that had it. `None`: there was no such mapping.
+    fn removed_by_line(&mut self, domain: u32, range: IovaRange) -> Option<bool> {
+        let dom = self.domains.get_mut(&domain)?;
         if let Some(m) = dom.lacks.take_exact(range) {
             self.op.lost.push(m);
-            return true;
+            return Some(false);
         }
-        let Some(handle) = dom.handle.clone() else { return false };
-        let Some(found) = handle.next_mapping(range.start()).filter(|m| m.range == range) else {
-            return false;
-        };
+        let handle = dom.handle.clone()?;
+        let found = handle.next_mapping(range.start()).filter(|m| m.range == range)?;
         self.listen(domain, true);
         let outcome = handle.unmap(range).map_err(|error| error.kind.to_string());
         self.settle_or(outcome, "a removal that the log shows");
@@ -297,7 +299,7 @@ impl Judge {
             stats.unmapped(domain, range);
         }
         self.after_step();
-        true
+        Some(true)
     }
 }
 

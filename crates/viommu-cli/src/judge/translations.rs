@@ -30,6 +30,8 @@ pub(super) struct Pending {
     ours: Ours,
     /// Guest operations before it.
     after: u64,
+    /// Its number among the entries of the history.
+    entry: u64,
 }
 
 impl Judge {
@@ -48,6 +50,9 @@ impl Judge {
         if self.ensure_endpoint(endpoint).is_none() {
             return;
         }
+        if self.op.switched.is_some() && self.op.endpoint == endpoint {
+            self.settle_switch();
+        }
         let ours = self.ask_record(endpoint, iova, access);
         if self.pending.len() >= WAITING
             && let Some(first) = self.pending.pop_front()
@@ -55,7 +60,8 @@ impl Judge {
             self.silent(&first, false);
         }
         let after = self.tally.operations();
-        self.pending.push_back(Pending { line, endpoint, iova, access, ours, after });
+        let entry = self.entries;
+        self.pending.push_back(Pending { line, endpoint, iova, access, ours, after, entry });
     }
 
     pub(super) fn translated(&mut self, line: u64, endpoint: u32, iova: Iova, gpa: Gpa) {
@@ -123,7 +129,7 @@ impl Judge {
     /// Why our record does not give the recorded answer.
     fn explain(&mut self, line: u64, endpoint: u32, iova: Iova, gpa: Gpa, access: Access, ours: Ours) {
         let Some(ep) = self.endpoints.get(&endpoint) else { return };
-        let (lost, place) = (ep.lost || self.op.fenced.contains(&endpoint), ep.place);
+        let (lost, place) = (ep.lost || self.op.absent.contains(&endpoint), ep.place);
         let Place::In(domain) = place else {
             if place == Place::Unknown {
                 self.tally.translations.unanswered += 1;
@@ -236,7 +242,10 @@ impl Judge {
 
     pub(super) fn resolve_all(&mut self) {
         while let Some(pending) = self.pending.pop_front() {
-            self.silent(&pending, false);
+            // A history may end before the answer to its last line.
+            if pending.entry != self.entries || !matches!(pending.ours, Ours::Memory(_)) {
+                self.silent(&pending, false);
+            }
         }
     }
 }

@@ -107,7 +107,8 @@ pub(super) struct Op {
     pub(super) notified: Vec<Line>,
     /// Endpoints whose mirror may have been told.
     pub(super) involved: Vec<u32>,
-    pub(super) fenced: Vec<u32>,
+    /// Endpoints that were fenced, or not where the log has them, at some time of the operation.
+    pub(super) absent: Vec<u32>,
     /// What a switch of the address space said of the operation's endpoint.
     pub(super) switched: Option<bool>,
 }
@@ -133,6 +134,8 @@ pub(crate) struct Judge {
     pub(super) shows_removals: bool,
     pub(super) upper_half: bool,
     pub(super) audited_at: u64,
+    /// Entries taken.
+    pub(super) entries: u64,
     pub(crate) tally: Tally,
     pub(super) stats: Option<Stats>,
 }
@@ -166,6 +169,7 @@ impl Judge {
             shows_removals: false,
             upper_half: false,
             audited_at: 0,
+            entries: 0,
             tally: Tally::default(),
             stats,
         })

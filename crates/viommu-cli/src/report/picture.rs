@@ -93,7 +93,9 @@ impl Picture {
     fn reach(&mut self, address: u64) {
         let (low, high) =
             if self.empty { (address, address) } else { (self.low.min(address), self.high.max(address)) };
-        self.empty = false;
+        if core::mem::take(&mut self.empty) {
+            self.base = align(address, self.shift);
+        }
         (self.low, self.high) = (low, high);
         if low >= self.base && high <= self.last() {
             return;
