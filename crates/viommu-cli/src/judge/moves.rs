@@ -106,12 +106,15 @@ impl Judge {
 
     /// Takes all away from an endpoint.
     fn block(&mut self, endpoint: u32, asked: bool) {
+        if !self.op.involved.contains(&endpoint) {
+            self.op.involved.push(endpoint);
+        }
         let Some(ep) = self.endpoints.get_mut(&endpoint) else { return };
         if ep.lost && !self.op.absent.contains(&endpoint) {
             self.op.absent.push(endpoint);
         }
         let view = ep.handle.view();
-        if view == Some(View::Blocked) && !ep.follower.is_fenced() {
+        if ep.handle.attached() == Some(View::Blocked) && !ep.follower.is_fenced() {
             return;
         }
         let asked = asked && matches!(view, Some(View::Domain(_)));
@@ -124,9 +127,6 @@ impl Judge {
         ep.follower.guest_asks(false);
         if !asked {
             ep.follower.skip_from(before);
-        }
-        if !self.op.involved.contains(&endpoint) {
-            self.op.involved.push(endpoint);
         }
         self.settle_or(outcome.map_err(|error| error.to_string()), "taking a view away");
         self.after_step();
