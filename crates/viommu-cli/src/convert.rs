@@ -9,7 +9,7 @@ use viommu_trace::{ConvertError, History, Writer};
 use crate::args::Convert;
 use crate::progress::Progress;
 
-/// Copies a history; the number of events, the lines read, those passed over.
+/// Copies a history, and says how much there was.
 ///
 /// # Errors
 /// What cannot be read or written. What was read before it has been written, and the file is whole.
@@ -42,7 +42,7 @@ fn copy(
 ) -> Result<(), ConvertError> {
     while let Some(entry) = history.next()? {
         writer.write(&entry)?;
-        if writer.records() % 8192 == 0 {
+        if writer.records().is_multiple_of(8192) {
             progress.show(history, writer.records());
         }
     }

@@ -45,7 +45,7 @@ pub(crate) fn run(args: &Replay) -> Result<Verdict, Box<dyn std::error::Error>> 
             }
         }
         count += 1;
-        if count % 8192 == 0 {
+        if count.is_multiple_of(8192) {
             progress.show(&history, judge.tally.operations());
         }
     }

@@ -54,7 +54,7 @@ impl Plain {
                 let inside = self.maps.range((domain, range.start().0)..=(domain, range.last().0));
                 let gone: Vec<_> = inside.map(|(key, _)| *key).collect();
                 self.removed += gone.len() as u64;
-                gone.iter().for_each(|key| drop(self.maps.remove(key)));
+                self.maps.retain(|key, _| !gone.contains(key));
             }
             Event::Access { .. } => self.accesses += 1,
             Event::Translated { endpoint, iova, gpa } => {

@@ -26,7 +26,7 @@ impl Judge {
                 let Some(audit) = subscription.and_then(Subscription::audit) else { continue };
                 run += 1;
                 if !audit.is_clean() {
-                    let first = audit.missing.first().or(audit.extra.first());
+                    let first = audit.missing.first().or_else(|| audit.extra.first());
                     let range = first.map(|m| m.range.to_string()).unwrap_or_default();
                     let (missing, extra) = (audit.missing.len(), audit.extra.len());
                     found.push(format!(

@@ -34,7 +34,9 @@ impl Lacks {
         if !touching.iter().all(|m| range.covers(m.range)) {
             return Vec::new();
         }
-        touching.iter().for_each(|m| drop(self.0.remove(&m.range.start())));
+        for m in &touching {
+            self.0.remove(&m.range.start());
+        }
         touching
     }
 

@@ -198,11 +198,11 @@ impl Judge {
             // A domain that it is not in: refused by the recorded VMM and here.
             _ => return,
         }
-        self.to_default(endpoint);
+        self.unattach(endpoint);
     }
 
     /// What an endpoint sees that nothing is attached to.
-    fn to_default(&mut self, endpoint: u32) {
+    fn unattach(&mut self, endpoint: u32) {
         let Some(ep) = self.endpoints.get_mut(&endpoint) else { return };
         let before = ep.follower.raw();
         let outcome = ep.handle.detach();
@@ -267,7 +267,7 @@ impl Judge {
         }
         if self.endpoints.get(&endpoint).is_some_and(|ep| ep.place == Place::In(domain)) {
             self.leave(endpoint, domain);
-            self.to_default(endpoint);
+            self.unattach(endpoint);
         }
     }
 
@@ -285,7 +285,7 @@ impl Judge {
         self.known.insert(domain);
         for endpoint in dom.members.clone() {
             self.leave(endpoint, domain);
-            self.to_default(endpoint);
+            self.unattach(endpoint);
         }
         self.destroy(domain);
     }
@@ -302,7 +302,7 @@ impl Judge {
         for member in members {
             self.leave(member, domain);
             if member != endpoint {
-                self.to_default(member);
+                self.unattach(member);
             }
         }
         self.destroy(domain);

@@ -194,6 +194,9 @@ fn pictures(out: &mut String, stats: &Stats) {
     }
 }
 
+/// Class of the marks, and what is marked.
+type Layer = (&'static str, fn(Cell) -> u32);
+
 /// Steps of shade.
 const SHADES: [(u32, &str); 4] = [(1, ".3"), (4, ".5"), (16, ".75"), (64, "1")];
 
@@ -213,7 +216,7 @@ fn draw(out: &mut String, stats: &Stats, picture: &Picture) {
         high + 32,
         picture.base(),
     );
-    let layers: [(&str, fn(Cell) -> u32); 2] = [("fa", |c| c.maps), ("fb", |c| c.accesses)];
+    let layers: [Layer; 2] = [("fa", |c| c.maps), ("fb", |c| c.accesses)];
     for (class, what) in layers {
         for (at, (least, opacity)) in SHADES.iter().enumerate() {
             let below = SHADES.get(at + 1).map_or(u32::MAX, |(next, _)| *next);

@@ -120,6 +120,8 @@ fn verdict(out: &mut Page, s: &Summary) {
         for d in &s.first_differences {
             out.wrapped(&format!("{}:{}: {}", s.history.source, d.line, d.what), 4);
         }
+    } else if s.translations.recorded + s.notifications.recorded == 0 && s.audits.run == 0 {
+        out.wrapped("Nothing in it that could be checked.", 0);
     } else if s.error.is_none() {
         let _ = writeln!(out.0, "{GOOD}all agree{GOOD:#}");
     }

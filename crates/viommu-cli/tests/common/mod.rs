@@ -1,7 +1,7 @@
 //! Runs the program, and writes logs as QEMU does.
 #![expect(dead_code, reason = "each test uses a part")]
 
-pub mod qemu;
+pub(crate) mod qemu;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -10,20 +10,20 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 
 /// What a run left behind.
-pub struct Run {
-    pub status: i32,
-    pub out: String,
-    pub err: String,
+pub(crate) struct Run {
+    pub(crate) status: i32,
+    pub(crate) out: String,
+    pub(crate) err: String,
 }
 
 impl Run {
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.out).unwrap_or_else(|why| panic!("{why}: {}\n{}", self.out, self.err))
     }
 }
 
 /// Runs `viommu` with `input` on standard input.
-pub fn viommu(args: &[&str], input: &[u8]) -> Run {
+pub(crate) fn viommu(args: &[&str], input: &[u8]) -> Run {
     let mut child = Command::new(env!("CARGO_BIN_EXE_viommu"))
         .args(args)
         .stdin(Stdio::piped())
@@ -45,22 +45,22 @@ pub fn viommu(args: &[&str], input: &[u8]) -> Run {
 }
 
 /// Replays a log from standard input, with JSON output.
-pub fn replay(log: &str, more: &[&str]) -> Run {
+pub(crate) fn replay(log: &str, more: &[&str]) -> Run {
     let args: Vec<&str> = ["replay", "-", "--format", "json"].iter().chain(more).copied().collect();
     viommu(&args, log.as_bytes())
 }
 
 /// A number in a JSON object, by its path.
-pub fn num(json: &Value, path: &str) -> u64 {
+pub(crate) fn num(json: &Value, path: &str) -> u64 {
     json.pointer(path).and_then(Value::as_u64).unwrap_or_else(|| panic!("{path} in {json}"))
 }
 
 /// A path of this name in the directory for tests' files.
-pub fn scratch(name: &str) -> PathBuf {
+pub(crate) fn scratch(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{name}", std::process::id()))
 }
 
-pub fn write(name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
+pub(crate) fn write(name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
     let path = scratch(name);
     std::fs::write(&path, bytes).unwrap();
     path

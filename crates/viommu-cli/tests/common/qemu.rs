@@ -3,56 +3,56 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-pub const READ: u32 = 1;
-pub const WRITE: u32 = 2;
-pub const MMIO: u32 = 4;
+pub(crate) const READ: u32 = 1;
+pub(crate) const WRITE: u32 = 2;
+pub(crate) const MMIO: u32 = 4;
 
 #[derive(Clone, Copy, Debug)]
-pub struct Map {
-    pub last: u64,
-    pub gpa: u64,
-    pub flags: u32,
+pub(crate) struct Map {
+    pub(crate) last: u64,
+    pub(crate) gpa: u64,
+    pub(crate) flags: u32,
 }
 
 #[derive(Default)]
-pub struct Domain {
-    pub maps: BTreeMap<u64, Map>,
-    pub members: Vec<u32>,
+pub(crate) struct Domain {
+    pub(crate) maps: BTreeMap<u64, Map>,
+    pub(crate) members: Vec<u32>,
 }
 
 /// What the log should be counted as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
-    pub attach: u64,
-    pub detach: u64,
-    pub map: u64,
-    pub unmap: u64,
-    pub resets: u64,
-    pub removed: u64,
-    pub deviations: u64,
-    pub translated: u64,
-    pub msi: u64,
-    pub bypass: u64,
-    pub fault: u64,
-    pub notified: u64,
+pub(crate) struct Counts {
+    pub(crate) attach: u64,
+    pub(crate) detach: u64,
+    pub(crate) map: u64,
+    pub(crate) unmap: u64,
+    pub(crate) resets: u64,
+    pub(crate) removed: u64,
+    pub(crate) deviations: u64,
+    pub(crate) translated: u64,
+    pub(crate) msi: u64,
+    pub(crate) bypass: u64,
+    pub(crate) fault: u64,
+    pub(crate) notified: u64,
 }
 
 #[derive(Default)]
-pub struct Qemu {
-    pub log: String,
-    pub domains: BTreeMap<u32, Domain>,
+pub(crate) struct Qemu {
+    pub(crate) log: String,
+    pub(crate) domains: BTreeMap<u32, Domain>,
     /// Endpoint and its domain.
-    pub endpoints: BTreeMap<u32, Option<u32>>,
+    pub(crate) endpoints: BTreeMap<u32, Option<u32>>,
     /// Endpoints with a subscriber that wants MAP and UNMAP.
-    pub notified: Vec<u32>,
-    pub bypass: bool,
-    pub counts: Counts,
+    pub(crate) notified: Vec<u32>,
+    pub(crate) bypass: bool,
+    pub(crate) counts: Counts,
     /// Microseconds; 0: lines without a time.
-    pub clock: u64,
+    pub(crate) clock: u64,
 }
 
 impl Qemu {
-    pub fn line(&mut self, text: std::fmt::Arguments<'_>) {
+    pub(crate) fn line(&mut self, text: std::fmt::Arguments<'_>) {
         if self.clock != 0 {
             self.clock += 7;
             let (s, us) = (self.clock / 1_000_000, self.clock % 1_000_000);
@@ -61,7 +61,7 @@ impl Qemu {
         writeln!(self.log, "virtio_iommu_{text}").unwrap();
     }
 
-    pub fn attach(&mut self, domain: u32, endpoint: u32) {
+    pub(crate) fn attach(&mut self, domain: u32, endpoint: u32) {
         self.counts.attach += 1;
         self.line(format_args!("attach domain={domain} endpoint={endpoint}"));
         if let Some(Some(old)) = self.endpoints.get(&endpoint).copied() {
@@ -108,7 +108,7 @@ impl Qemu {
         }
     }
 
-    pub fn detach(&mut self, domain: u32, endpoint: u32) {
+    pub(crate) fn detach(&mut self, domain: u32, endpoint: u32) {
         self.counts.detach += 1;
         self.line(format_args!("detach domain={domain} endpoint={endpoint}"));
         if self.endpoints.get(&endpoint) == Some(&Some(domain)) {
@@ -144,7 +144,7 @@ impl Qemu {
     }
 
     /// Whether the mapping was made.
-    pub fn map(&mut self, domain: u32, start: u64, last: u64, gpa: u64, flags: u32) -> bool {
+    pub(crate) fn map(&mut self, domain: u32, start: u64, last: u64, gpa: u64, flags: u32) -> bool {
         self.counts.map += 1;
         self.line(format_args!(
             "map domain={domain} virt_start={start:#x} virt_end={last:#x} phys_start={gpa:#x} flags={flags}"
@@ -160,7 +160,7 @@ impl Qemu {
         true
     }
 
-    pub fn unmap(&mut self, domain: u32, start: u64, last: u64) {
+    pub(crate) fn unmap(&mut self, domain: u32, start: u64, last: u64) {
         self.counts.unmap += 1;
         self.line(format_args!("unmap domain={domain} virt_start={start:#x} virt_end={last:#x}"));
         let mut removed = 0;
@@ -179,7 +179,7 @@ impl Qemu {
         self.counts.removed += removed;
     }
 
-    pub fn access(&mut self, endpoint: u32, iova: u64, flag: u32) {
+    pub(crate) fn access(&mut self, endpoint: u32, iova: u64, flag: u32) {
         let mr = Self::region(endpoint);
         self.line(format_args!("translate mr={mr} rid={endpoint} addr={iova:#x} flag={flag}"));
         if iova >> 20 == 0xfee {
@@ -212,7 +212,7 @@ impl Qemu {
     }
 
     /// A reset of the device.
-    pub fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         self.counts.resets += 1;
         self.line(format_args!("device_reset_exit reset!"));
         for (endpoint, domain) in self.endpoints.clone() {
@@ -225,7 +225,7 @@ impl Qemu {
     }
 
     /// The device's configuration, as the guest reads it.
-    pub fn get_config(&mut self) {
+    pub(crate) fn get_config(&mut self) {
         let bypass = u8::from(self.bypass);
         self.line(format_args!(
             "get_config page_size_mask=0xfffffffffffff000 input range start=0x0 input range end=0xffffffffffffffff \
