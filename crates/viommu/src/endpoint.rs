@@ -2,12 +2,13 @@
 
 use core::fmt;
 
-use crate::addr::{Iova, IovaRange};
+use crate::addr::IovaRange;
 use crate::backing::Backing;
 use crate::domain::inner::DomainInner;
 use crate::quiesce::slot::Slot;
 use crate::reader::FaultSink;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
+use crate::table::Table;
 
 /// A DMA master: a requester id (a PCI function's bus, device and function, say), optionally with a PASID.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -44,9 +45,13 @@ impl EndpointId {
         pasid << 32 | u64::from(self.requester)
     }
 
-    pub(crate) fn from_key(key: u64) -> Self {
+    /// The key of who is no endpoint: a reader of a domain's own cache.
+    pub(crate) const NOBODY: u64 = u64::MAX;
+
+    pub(crate) fn from_key(key: u64) -> Option<Self> {
         let half = |word: u64| u32::try_from(word & 0xffff_ffff).unwrap_or(u32::MAX);
-        Self { requester: half(key), pasid: half(key >> 32).checked_sub(1) }
+        let id = Self { requester: half(key), pasid: half(key >> 32).checked_sub(1) };
+        (key != Self::NOBODY).then_some(id)
     }
 }
 
@@ -102,10 +107,12 @@ pub(crate) struct Sight {
     pub(crate) endpoint: Option<EndpointId>,
     pub(crate) domain: Option<Arc<DomainInner>>,
     pub(crate) backing: Arc<Backing>,
+    /// The domain's record, where it is what counts.
+    pub(crate) table: Option<Arc<Table>>,
     /// Ascending, disjoint.
     pub(crate) regions: Arc<[Region]>,
-    /// The last address of the last region: above it there is nothing to check.
-    pub(crate) regions_last: Option<Iova>,
+    /// Below this address regions must be looked at; above it there are none.
+    pub(crate) clear_from: u64,
     pub(crate) faults: Option<Arc<dyn FaultSink>>,
     pub(crate) fenced: bool,
 }
@@ -126,7 +133,8 @@ pub(crate) struct EndpointShared {
 struct Line<T>(T);
 
 impl EndpointShared {
-    pub(crate) fn new(id: Option<EndpointId>, sight: Sight) -> Arc<Self> {
+    pub(crate) fn new(id: Option<EndpointId>, mut sight: Sight) -> Arc<Self> {
+        sight.settle();
         Arc::new(Self {
             id,
             generation: Line(AtomicU64::new(1)),
@@ -170,9 +178,7 @@ impl EndpointShared {
         let slots = self.slots();
         let old = lock(&self.sight).clone();
         let mut new = change(&old);
-        if new.fenced {
-            new.domain = None;
-        }
+        new.settle();
         let new = Arc::new(new);
         let moved = match (&old.domain, &new.domain) {
             (None, None) => false,
@@ -191,6 +197,17 @@ impl EndpointShared {
 }
 
 impl Sight {
+    /// Makes what is derived from the rest true again.
+    pub(crate) fn settle(&mut self) {
+        if self.fenced {
+            self.domain = None;
+        }
+        let own = self.domain.as_ref().filter(|domain| domain.walker.is_none());
+        self.table = own.map(|domain| domain.table.clone());
+        // The very last address counts as below: it has no address behind it.
+        self.clear_from = self.regions.last().map_or(0, |region| region.range.last().0.saturating_add(1));
+    }
+
     /// The same, with another address space.
     pub(crate) fn moved_to(&self, domain: Option<Arc<DomainInner>>) -> Self {
         Self { domain, ..self.copy() }
@@ -202,7 +219,8 @@ impl Sight {
             domain: self.domain.clone(),
             backing: self.backing.clone(),
             regions: self.regions.clone(),
-            regions_last: self.regions_last,
+            table: self.table.clone(),
+            clear_from: self.clear_from,
             faults: self.faults.clone(),
             fenced: self.fenced,
         }
@@ -216,8 +234,9 @@ mod tests {
     #[test]
     fn key_of_an_endpoint_names_it_and_its_pasid() {
         for id in [EndpointId::new(0), EndpointId::new(u32::MAX), EndpointId::new(7).with_pasid(0)] {
-            assert_eq!(EndpointId::from_key(id.key()), id);
+            assert_eq!(EndpointId::from_key(id.key()), Some(id));
         }
+        assert_eq!(EndpointId::from_key(EndpointId::NOBODY), None);
         assert_ne!(EndpointId::new(7).key(), EndpointId::new(7).with_pasid(0).key());
     }
 }

@@ -18,7 +18,7 @@ use crate::domain::plan::{Draft, Op};
 use crate::error::{StepError, StepErrorKind};
 use crate::mapping::Mapping;
 use crate::quiesce::completion::Completion;
-use crate::quiesce::scope::{CallbackScope, StepScope};
+use crate::quiesce::scope::{BurstScope, CallbackScope, StepScope};
 use crate::subscribe::{DirtyBitmap, Space};
 use crate::sync::{Arc, MutexGuard, lock};
 
@@ -130,7 +130,7 @@ impl Domain {
     }
 
     /// Several steps under one taking of the domain's lock, with one [`Completion`] for all: for a burst of requests.
-    /// Other steps and attaches wait until it is dropped.
+    /// Other threads' steps wait until it is dropped; another step on this thread is an error meanwhile.
     ///
     /// # Errors
     /// [`StepErrorKind::InCallback`], [`StepErrorKind::Gone`].
@@ -138,7 +138,7 @@ impl Domain {
         let scope = StepScope::enter().map_err(|_| StepErrorKind::InCallback)?;
         let state = lock(&self.0.state);
         self.0.alive(&state)?;
-        Ok(Burst { domain: &self.0, state, done: Completion::ready(), _scope: scope })
+        Ok(Burst { domain: &self.0, state, done: Completion::ready(), alone: BurstScope::enter(), scope })
     }
 
     /// Tells caches (mirrors have none of it) that anything inside `range` may have changed: a superset of what has.
@@ -255,7 +255,8 @@ pub struct Burst<'d> {
     domain: &'d DomainInner,
     state: MutexGuard<'d, DomainState>,
     done: Completion,
-    _scope: StepScope,
+    alone: BurstScope,
+    scope: StepScope,
 }
 
 impl Burst<'_> {
@@ -288,8 +289,10 @@ impl Burst<'_> {
 
     /// Ends the burst. Resolves when all of its steps are complete; the readers are read once for them.
     pub fn finish(self) -> Completion {
-        let Self { state, done, _scope, .. } = self;
+        let Self { state, done, alone, scope, .. } = self;
         drop(state);
+        drop(alone);
+        drop(scope);
         done
     }
 }
@@ -332,8 +335,8 @@ impl DomainInner {
         if state.seats.is_empty() {
             return self.insert_alone(state, new);
         }
-        if let Some(existing) = state.writer.next(new.range.start()).filter(|m| m.range.overlaps(new.range)) {
-            return Err(StepErrorKind::Overlap { range: new.range, existing: existing.range });
+        if state.writer.is_taken_in(new.range) {
+            return Err(state.overlap(new));
         }
         let plan = Plan { added: core::slice::from_ref(new), ..Plan::default() };
         self.apply(state, &plan, true, done)
@@ -360,27 +363,7 @@ impl DomainInner {
             }
             return Ok(count);
         }
-        if state.writer.cuts(range) {
-            return Err(state.cut(range));
-        }
-        let mut removed = core::mem::take(&mut state.removed);
-        removed.clear();
-        state.writer.for_each(range, &mut |m| {
-            removed.push(m);
-            ControlFlow::Continue(())
-        });
-        let count = removed.len();
-        let outcome = match (removed.first(), removed.last()) {
-            (Some(first), Some(last)) => {
-                let spans = [first.range.hull(last.range)];
-                self.apply(state, &Plan { removed: &removed, spans: &spans, ..Plan::default() }, lazy, done)
-            }
-            _ => Ok(()),
-        };
-        removed.clear();
-        removed.shrink_to(SCRATCH);
-        state.removed = removed;
-        outcome.map(|()| count)
+        self.remove_all(state, range, lazy, done)
     }
 
     /// Plans and applies checked changes as one step.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::{Arc, RwLock};
 
-use super::{Cuts, Hit, InsertError, NoMemory};
+use super::{Cuts, Hit, InsertError};
 use crate::addr::{Iova, IovaRange};
 use crate::mapping::Mapping;
 
@@ -60,11 +60,6 @@ impl Writer {
             return Err(InsertError::Overlap);
         }
         self.0.0.write().unwrap().insert(m.range.start().0, *m);
-        Ok(())
-    }
-
-    /// Makes sure that inserting `additions` once, after any removals, cannot fail for want of memory.
-    pub(crate) fn reserve(&mut self, _additions: &[Mapping]) -> Result<(), NoMemory> {
         Ok(())
     }
 

@@ -35,6 +35,8 @@ struct Pool {
     /// Head of the list of pages that came back, all zero.
     returned: Page,
     used: u64,
+    #[cfg(test)]
+    refuses: bool,
 }
 
 impl Arena {
@@ -46,7 +48,14 @@ impl Arena {
         let words = zeroed(pages.checked_add(1).and_then(|p| p.checked_mul(KEYS)).ok_or(NoMemory)?)?;
         let notes = zeroed(pages.checked_mul(2).ok_or(NoMemory)?)?;
         let first = to_page_boundary(&words);
-        let pool = Apart(Mutex::new(Pool { fresh: 1, end, returned: 0, used: 0 }));
+        let pool = Apart(Mutex::new(Pool {
+            fresh: 1,
+            end,
+            returned: 0,
+            used: 0,
+            #[cfg(test)]
+            refuses: false,
+        }));
         Ok(Arc::new(Self { words, first, notes, pool }))
     }
 
@@ -95,6 +104,10 @@ impl Arena {
     /// Hands out a page of zeroes; `None` at the cap.
     pub(super) fn take(&self) -> Option<Page> {
         let mut pool = lock(&self.pool.0);
+        #[cfg(test)]
+        if pool.refuses {
+            return None;
+        }
         let page = match pool.returned {
             0 if pool.fresh < pool.end => {
                 pool.fresh += 1;
@@ -108,6 +121,12 @@ impl Arena {
         };
         pool.used += PAGE;
         Some(page)
+    }
+
+    /// As if the cap were reached.
+    #[cfg(test)]
+    pub(super) fn refuse(&self, refuses: bool) {
+        lock(&self.pool.0).refuses = refuses;
     }
 
     /// Takes back pages, which must be zero and out of every reader's reach.

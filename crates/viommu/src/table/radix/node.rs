@@ -98,7 +98,6 @@ impl Arena {
             .map(move |j| {
                 let at = first + key_words + j;
                 let key = self.word(first + j / EACH).load(Relaxed) >> (KEY_BITS * (j % EACH)) & KEY_MASK;
-                #[expect(clippy::cast_possible_truncation, reason = "9 bits")]
                 (at, key as usize, self.load(at))
             })
             .take_while(|(_, _, entry)| *entry != Word::NONE)
