@@ -1,2 +1,33 @@
 //! The program `viommu`.
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod args;
+mod convert;
+mod input;
+mod judge;
+mod progress;
+mod replay;
+mod report;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Cli, Command};
+use replay::Verdict;
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Replay(args) => replay::run(&args),
+        Command::Convert(args) => convert::run(&args).map(|()| Verdict::Agrees).map_err(Into::into),
+    };
+    match outcome {
+        Ok(Verdict::Agrees) => ExitCode::SUCCESS,
+        Ok(Verdict::Differs) => ExitCode::from(1),
+        Ok(Verdict::Unreadable) => ExitCode::from(2),
+        Err(why) => {
+            eprintln!("viommu: {why}");
+            ExitCode::from(2)
+        }
+    }
+}

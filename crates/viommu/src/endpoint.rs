@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use crate::addr::{Iova, IovaRange};
+use crate::addr::IovaRange;
 use crate::backing::Backing;
 use crate::domain::inner::DomainInner;
 use crate::quiesce::published::{Outlook, Published};
@@ -10,6 +10,7 @@ use crate::quiesce::slot::Slot;
 use crate::quiesce::space::Space;
 use crate::reader::FaultSink;
 use crate::sync::Arc;
+use crate::table::Table;
 
 /// A DMA master: a requester id (a PCI function's bus, device and function, say), optionally with a PASID.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -34,15 +35,25 @@ impl EndpointId {
         Self { pasid: Some(pasid), ..self }
     }
 
+    /// What it is attached to when the guest has attached it to nothing: with a PASID nothing is seen then, since bypass
+    /// is for requests without one.
+    pub(crate) fn unattached(self) -> Option<View> {
+        self.pasid.map(|_| View::Blocked)
+    }
+
     /// One word that names it: 0 in the upper half for "no PASID".
     pub(crate) fn key(self) -> u64 {
         let pasid = self.pasid.map_or(0, |pasid| u64::from(pasid).wrapping_add(1));
         pasid << 32 | u64::from(self.requester)
     }
 
-    pub(crate) fn from_key(key: u64) -> Self {
+    /// The key of who is no endpoint: a reader of a domain's own cache.
+    pub(crate) const NOBODY: u64 = u64::MAX;
+
+    pub(crate) fn from_key(key: u64) -> Option<Self> {
         let half = |word: u64| u32::try_from(word & 0xffff_ffff).unwrap_or(u32::MAX);
-        Self { requester: half(key), pasid: half(key >> 32).checked_sub(1) }
+        let id = Self { requester: half(key), pasid: half(key >> 32).checked_sub(1) };
+        (key != Self::NOBODY).then_some(id)
     }
 }
 
@@ -98,10 +109,12 @@ pub(crate) struct Sight {
     pub(crate) endpoint: Option<EndpointId>,
     pub(crate) domain: Option<Arc<DomainInner>>,
     pub(crate) backing: Arc<Backing>,
+    /// The domain's record, where it is what counts.
+    pub(crate) table: Option<Arc<Table>>,
     /// Ascending, disjoint.
     pub(crate) regions: Arc<[Region]>,
-    /// The last address of the last region: above it there is nothing to check.
-    pub(crate) regions_last: Option<Iova>,
+    /// Below this address regions must be looked at; above it there are none.
+    pub(crate) clear_from: u64,
     pub(crate) faults: Option<Arc<dyn FaultSink>>,
     pub(crate) fenced: bool,
 }
@@ -119,7 +132,8 @@ impl Outlook for Sight {
 }
 
 impl EndpointShared {
-    pub(crate) fn new(id: Option<EndpointId>, sight: Sight) -> Arc<Self> {
+    pub(crate) fn new(id: Option<EndpointId>, mut sight: Sight) -> Arc<Self> {
+        sight.settle();
         Arc::new(Self { id, sight: Published::new(sight) })
     }
 
@@ -142,15 +156,24 @@ impl EndpointShared {
     pub(crate) fn publish(&self, change: impl FnOnce(&Sight) -> Sight) {
         self.sight.publish(|old| {
             let mut new = change(old);
-            if new.fenced {
-                new.domain = None;
-            }
+            new.settle();
             new
         });
     }
 }
 
 impl Sight {
+    /// Makes what is derived from the rest true again.
+    pub(crate) fn settle(&mut self) {
+        if self.fenced {
+            self.domain = None;
+        }
+        let own = self.domain.as_ref().filter(|domain| domain.walker.is_none());
+        self.table = own.map(|domain| domain.table.clone());
+        // The very last address counts as below: it has no address behind it.
+        self.clear_from = self.regions.last().map_or(0, |region| region.range.last().0.saturating_add(1));
+    }
+
     /// The same, with another address space.
     pub(crate) fn moved_to(&self, domain: Option<Arc<DomainInner>>) -> Self {
         Self { domain, ..self.copy() }
@@ -162,7 +185,8 @@ impl Sight {
             domain: self.domain.clone(),
             backing: self.backing.clone(),
             regions: self.regions.clone(),
-            regions_last: self.regions_last,
+            table: self.table.clone(),
+            clear_from: self.clear_from,
             faults: self.faults.clone(),
             fenced: self.fenced,
         }
@@ -176,8 +200,9 @@ mod tests {
     #[test]
     fn key_of_an_endpoint_names_it_and_its_pasid() {
         for id in [EndpointId::new(0), EndpointId::new(u32::MAX), EndpointId::new(7).with_pasid(0)] {
-            assert_eq!(EndpointId::from_key(id.key()), id);
+            assert_eq!(EndpointId::from_key(id.key()), Some(id));
         }
+        assert_eq!(EndpointId::from_key(EndpointId::NOBODY), None);
         assert_ne!(EndpointId::new(7).key(), EndpointId::new(7).with_pasid(0).key());
     }
 }

@@ -8,7 +8,7 @@ pub(crate) use std::sync::{Arc as StdArc, Mutex as StdMutex, MutexGuard as StdMu
 pub(crate) use std::{
     hint::spin_loop,
     sync::{
-        Arc, Mutex, MutexGuard, RwLock,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
     },
     thread::{Thread, current, park, park_timeout},
@@ -16,32 +16,46 @@ pub(crate) use std::{
 };
 
 #[cfg(loom)]
-pub(crate) use loom::sync::{
-    Arc, Mutex, MutexGuard,
-    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
+pub(crate) use loom::{
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
+    },
+    thread_local,
 };
-
-/// Its own does not know constant initialisers.
-#[cfg(loom)]
-macro_rules! loom_local {
-    ($(#[$attribute:meta])* static $name:ident: $of:ty = const { $init:expr };) => {
-        loom::thread_local! { $(#[$attribute])* static $name: $of = $init; }
-    };
-}
-#[cfg(loom)]
-pub(crate) use loom_local as thread_local;
 
 // Its Arc is std's.
 #[cfg(shuttle)]
 pub(crate) use shuttle::{
     hint::spin_loop,
     sync::{
-        Arc, Mutex, MutexGuard, RwLock,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
     },
     thread::{Thread, current, park, park_timeout},
     thread_local,
 };
+
+/// A counter of each thread: `const` where std's is used, which makes reading it one load.
+#[cfg(not(any(loom, shuttle)))]
+macro_rules! thread_counter {
+    ($name:ident) => {
+        std::thread_local! {
+            static $name: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
+        }
+    };
+}
+
+/// A counter of each thread.
+#[cfg(any(loom, shuttle))]
+macro_rules! thread_counter {
+    ($name:ident) => {
+        $crate::sync::thread_local! {
+            static $name: std::cell::Cell<u32> = std::cell::Cell::new(0);
+        }
+    };
+}
+pub(crate) use thread_counter;
 
 /// Locks, and says what a poisoned lock means here.
 ///

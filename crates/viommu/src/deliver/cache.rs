@@ -3,6 +3,7 @@
 use crate::ack::Ack;
 use crate::addr::{Iova, IovaRange};
 use crate::deliver::{Counts, Sub};
+use crate::endpoint::EndpointShared;
 use crate::mapping::{Access, Mapping};
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
@@ -14,6 +15,8 @@ use crate::sync::{Arc, Mutex, lock};
 pub(crate) struct CacheSeat {
     pub(crate) sub: Arc<Sub>,
     pub(crate) interest: Interest,
+    /// What it sees, where it follows no endpoint.
+    pub(crate) own: Option<Arc<EndpointShared>>,
     channel: Mutex<Channel>,
 }
 
@@ -24,9 +27,15 @@ struct Channel {
 }
 
 impl CacheSeat {
-    pub(crate) fn new(sub: Arc<Sub>, interest: Interest, cache: Box<dyn Cache>, reader: Reader) -> Arc<Self> {
+    pub(crate) fn new(
+        sub: Arc<Sub>,
+        interest: Interest,
+        own: Option<Arc<EndpointShared>>,
+        cache: Box<dyn Cache>,
+        reader: Reader,
+    ) -> Arc<Self> {
         let channel = Mutex::new(Channel { cache, reader, counts: Counts::default() });
-        Arc::new(Self { sub, interest, channel })
+        Arc::new(Self { sub, interest, own, channel })
     }
 
     /// Tells it to drop what it holds inside `range` (the domain's addresses). Removals are published before.
@@ -67,10 +76,12 @@ impl CacheSeat {
 
     pub(crate) fn fence(&self) -> Result<(), FenceFailed> {
         self.sub.set_fenced();
+        let _callback = CallbackScope::enter();
         lock(&self.channel).cache.fence()
     }
 
     pub(crate) fn held(&self) -> Option<Vec<Mapping>> {
+        let _callback = CallbackScope::enter();
         lock(&self.channel).cache.held()
     }
 

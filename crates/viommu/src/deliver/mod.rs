@@ -10,7 +10,8 @@ use crate::addr::GpaRange;
 use crate::backing::{Backing, Medium};
 use crate::change::Change;
 use crate::endpoint::{EndpointId, EndpointShared, Sight};
-use crate::iommu::unit::Unit;
+use crate::error::Incident;
+use crate::iommu::unit::{Totals, Unit};
 use crate::mapping::{Access, Mapping, Target};
 use crate::subscribe::{Interest, Kinds, Observer, Space};
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock};
@@ -68,8 +69,23 @@ impl Sub {
         lock(&self.serves).retain(|e| e.id != Some(id));
     }
 
+    pub(crate) fn serves(&self, id: EndpointId) -> bool {
+        lock(&self.serves).iter().any(|e| e.id == Some(id))
+    }
+
     pub(crate) fn serves_nobody(&self) -> bool {
         lock(&self.serves).is_empty()
+    }
+
+    /// The counters of its unit.
+    pub(crate) fn totals(&self) -> Option<Arc<Totals>> {
+        self.unit.upgrade().map(|unit| unit.totals.clone())
+    }
+
+    pub(crate) fn alarm(&self, incident: &Incident) {
+        if let Some(totals) = self.totals() {
+            totals.alarm(incident);
+        }
     }
 
     /// Fences the subscriber from outside a step; `false` when that failed.

@@ -18,12 +18,15 @@ use crate::domain::plan::{Draft, Op};
 use crate::error::{StepError, StepErrorKind};
 use crate::mapping::Mapping;
 use crate::quiesce::completion::Completion;
-use crate::quiesce::scope::{CallbackScope, StepScope};
+use crate::quiesce::scope::{BurstScope, CallbackScope, StepScope};
 use crate::subscribe::{DirtyBitmap, Space};
 use crate::sync::{Arc, MutexGuard, lock};
 
 pub use inner::Tables;
 pub use sync::{Progress, Walk};
+
+/// Mappings that a scratch list keeps room for between steps.
+pub(crate) const SCRATCH: usize = 1024;
 
 /// One I/O address space of the guest: a set of disjoint mappings. A handle; clones name the same domain.
 ///
@@ -67,6 +70,7 @@ impl Domain {
     /// Visits every mapping that touches `range`, whole, in ascending order, under the domain's lock: `visit` must not
     /// call back into the domain. Returns early when it breaks.
     pub fn for_each(&self, range: IovaRange, mut visit: impl FnMut(Mapping) -> ControlFlow<()>) {
+        let _scope = StepScope::enter();
         let state = lock(&self.0.state);
         let _callback = CallbackScope::enter();
         state.writer.for_each(range, &mut visit);
@@ -122,13 +126,12 @@ impl Domain {
     }
 
     /// Several changes as one step: collect them, then [`Batch::commit`].
-    #[must_use]
     pub fn batch(&self) -> Batch<'_> {
         Batch { domain: self, ops: Vec::new() }
     }
 
     /// Several steps under one taking of the domain's lock, with one [`Completion`] for all: for a burst of requests.
-    /// Other steps and attaches wait until it is dropped.
+    /// Other threads' steps wait until it is dropped; another step on this thread is an error meanwhile.
     ///
     /// # Errors
     /// [`StepErrorKind::InCallback`], [`StepErrorKind::Gone`].
@@ -136,14 +139,14 @@ impl Domain {
         let scope = StepScope::enter().map_err(|_| StepErrorKind::InCallback)?;
         let state = lock(&self.0.state);
         self.0.alive(&state)?;
-        Ok(Burst { domain: &self.0, state, done: Completion::ready(), _scope: scope })
+        Ok(Burst { domain: &self.0, state, done: Completion::ready(), alone: BurstScope::enter(), scope })
     }
 
     /// Tells caches (mirrors have none of it) that anything inside `range` may have changed: a superset of what has.
     /// For tables in guest memory while no mirror listens; with a mirror it takes [`Domain::sync`].
     ///
     /// # Errors
-    /// [`StepErrorKind::WrongKind`] while a mirror listens or the record is not empty.
+    /// [`StepErrorKind::WrongKind`] while a mirror listens, or where the record is viommu's own.
     pub fn invalidate(&self, range: IovaRange) -> Result<Completion, StepError> {
         self.one_step(|domain, state, done| {
             if state.seats.mirrors.iter().any(|seat| seat.is_live()) {
@@ -152,6 +155,8 @@ impl Domain {
             if domain.walker.is_none() {
                 return Err(StepErrorKind::WrongKind("the record is viommu's own: say what changed"));
             }
+            // What a mirror that has left was told there is not known to be true any more.
+            domain.run(state, &[Op::Unmap(range)], true, done)?;
             domain.tell_caches(state, &[range], done);
             domain.note_removal(&[range], false, done);
             Ok(())
@@ -251,7 +256,8 @@ pub struct Burst<'d> {
     domain: &'d DomainInner,
     state: MutexGuard<'d, DomainState>,
     done: Completion,
-    _scope: StepScope,
+    alone: BurstScope,
+    scope: StepScope,
 }
 
 impl Burst<'_> {
@@ -284,8 +290,10 @@ impl Burst<'_> {
 
     /// Ends the burst. Resolves when all of its steps are complete; the readers are read once for them.
     pub fn finish(self) -> Completion {
-        let Self { state, done, _scope, .. } = self;
+        let Self { state, done, alone, scope, .. } = self;
         drop(state);
+        drop(alone);
+        drop(scope);
         done
     }
 }
@@ -328,8 +336,8 @@ impl DomainInner {
         if state.seats.is_empty() {
             return self.insert_alone(state, new);
         }
-        if let Some(existing) = state.writer.next(new.range.start()).filter(|m| m.range.overlaps(new.range)) {
-            return Err(StepErrorKind::Overlap { range: new.range, existing: existing.range });
+        if state.writer.is_taken_in(new.range) {
+            return Err(state.overlap(new));
         }
         let plan = Plan { added: core::slice::from_ref(new), ..Plan::default() };
         self.apply(state, &plan, true, done)
@@ -356,25 +364,7 @@ impl DomainInner {
             }
             return Ok(count);
         }
-        if state.writer.cuts(range) {
-            return Err(state.cut(range));
-        }
-        let mut removed = core::mem::take(&mut state.removed);
-        removed.clear();
-        state.writer.for_each(range, &mut |m| {
-            removed.push(m);
-            ControlFlow::Continue(())
-        });
-        let count = removed.len();
-        let outcome = match (removed.first(), removed.last()) {
-            (Some(first), Some(last)) => {
-                let spans = [first.range.hull(last.range)];
-                self.apply(state, &Plan { removed: &removed, spans: &spans, ..Plan::default() }, lazy, done)
-            }
-            _ => Ok(()),
-        };
-        state.removed = removed;
-        outcome.map(|()| count)
+        self.remove_all(state, range, lazy, done)
     }
 
     /// Plans and applies checked changes as one step.

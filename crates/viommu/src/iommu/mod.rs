@@ -146,7 +146,7 @@ impl Iommu {
     pub fn set_views(&self, moves: &[(EndpointId, Option<View>)]) -> Result<Completion, AttachError> {
         let _scope = StepScope::enter().map_err(|_| AttachErrorKind::InCallback)?;
         let mut control = lock(&self.unit.control);
-        self.unit.move_all(&mut control, moves)
+        self.unit.move_all(&mut control, moves, false)
     }
 
     /// Says that the host can move these endpoints only together (one VFIO group or container).
@@ -190,7 +190,7 @@ impl Iommu {
     #[must_use]
     pub fn outstanding(&self) -> usize {
         let control = lock(&self.unit.control);
-        control.spaces().map(|d| d.readers.outstanding.load(crate::sync::Ordering::Relaxed)).sum()
+        self.unit.outstanding(&control)
     }
 }
 
@@ -277,13 +277,14 @@ impl Endpoint {
     /// # Errors
     /// See [`AttachErrorKind`] and [`AttachError`].
     pub fn detach(&self) -> Result<Completion, AttachError> {
+        let _scope = StepScope::enter().map_err(|_| AttachErrorKind::InCallback)?;
         let moves: Vec<_> = {
             let control = lock(&self.iommu.unit.control);
             let pasids = control.endpoints.iter().filter(|(id, member)| {
                 **id != self.id && id.requester == self.id.requester && member.attached.is_some()
             });
             let pasids = pasids.filter(|_| self.id.pasid.is_none()).map(|(id, _)| (*id, Some(View::Blocked)));
-            pasids.chain([(self.id, None)]).collect()
+            pasids.chain([(self.id, self.id.unattached())]).collect()
         };
         self.iommu.set_views(&moves)
     }

@@ -19,6 +19,7 @@ use crate::quiesce::scope::{CallbackScope, StepScope, after_the_step, in_callbac
 use crate::reader::{Fault, FaultReason, Reader};
 use crate::subscribe::{Binding, Cache, Interest, Kinds, Mirror, Observer, Reach, Space};
 use crate::sync::{Arc, lock};
+use crate::table::PAGE;
 
 /// Whoever can be subscribed.
 enum Subscriber {
@@ -47,6 +48,12 @@ impl Subscriber {
             return Err(SubscribeError::Invalid("the window wraps with its offset"));
         }
         if let Self::Mirror(mirror) = self {
+            if !interest.window.is_aligned(PAGE) || interest.offset & (PAGE - 1) != 0 {
+                return Err(SubscribeError::Invalid(
+                    "a mirror's window and offset must be made of 4 KiB pages",
+                ));
+            }
+            let _callback = CallbackScope::enter();
             check_reach(&mirror.reach())?;
         }
         Ok(())
@@ -75,6 +82,8 @@ pub struct Subscription {
     sub: Arc<Sub>,
     interest: Interest,
     cache: Option<Arc<CacheSeat>>,
+    /// What the replay still has under way.
+    filling: Completion,
     open: bool,
 }
 
@@ -155,7 +164,8 @@ impl Endpoint {
     }
 
     /// Says that the host switches this endpoint with `binding` from now on. It must see nothing yet, or what it sees is
-    /// bound at once.
+    /// bound at once. A fenced endpoint that has been detached from what was fenced, and whose device has been reset, is
+    /// bound again: its way back.
     ///
     /// # Errors
     /// [`SubscribeError::Gone`], or what the binding refused.
@@ -230,8 +240,14 @@ impl Iommu {
             Home::Space(_) => None,
         };
         let sub = Sub::new(self.unit.next_id(), endpoint, Vec::new(), self.unit.this.clone());
-        let mut subscription =
-            Subscription { iommu: self.clone(), sub: sub.clone(), interest, cache: None, open: true };
+        let mut subscription = Subscription {
+            iommu: self.clone(),
+            sub: sub.clone(),
+            interest,
+            cache: None,
+            filling: Completion::ready(),
+            open: true,
+        };
         if in_callback() {
             // Only what has no answer to give can wait: a cache is asked for its fills through its subscription.
             let unit = self.unit.clone();
@@ -241,15 +257,20 @@ impl Iommu {
             }
             after_the_step(move || {
                 let _scope = StepScope::enter();
-                if let Err(why) = unit.seat(home, &sub, subscriber, interest) {
+                let mut filling = Completion::ready();
+                if let Err(why) = unit.seat(home, &sub, subscriber, interest, &mut filling) {
                     unit.totals.alarm(&Incident::SubscriptionRefused { subscription: sub.id(), why });
                 }
             });
             return Ok(subscription);
         }
         let _scope = StepScope::enter();
-        match self.unit.seat(home, &sub, subscriber, interest) {
-            Ok(cache) => subscription.cache = cache,
+        let mut filling = Completion::ready();
+        match self.unit.seat(home, &sub, subscriber, interest, &mut filling) {
+            Ok(cache) => {
+                subscription.cache = cache;
+                subscription.filling = filling;
+            }
             Err(error) => {
                 subscription.open = false;
                 return Err(error);
@@ -267,12 +288,29 @@ impl Unit {
         sub: &Arc<Sub>,
         subscriber: Subscriber,
         interest: Interest,
+        done: &mut Completion,
     ) -> Result<Option<Arc<CacheSeat>>, SubscribeError> {
         let mut control = lock(&self.control);
+        let outcome = self.seat_unsettled(&mut control, home, sub, subscriber, interest, done);
+        if let Some(domain) = domain_of(&control, home).filter(|_| outcome.is_err()) {
+            self.settle_wanted(&domain);
+        }
+        outcome
+    }
+
+    fn seat_unsettled(
+        &self,
+        control: &mut Control,
+        home: Home,
+        sub: &Arc<Sub>,
+        subscriber: Subscriber,
+        interest: Interest,
+        done: &mut Completion,
+    ) -> Result<Option<Arc<CacheSeat>>, SubscribeError> {
         if control.homes.len() >= self.config.subscriptions {
             return Err(SubscribeError::Cap(Cap::Subscriptions));
         }
-        let (domain, shared, regions) = place(&control, home)?;
+        let (domain, shared, regions) = place(control, home)?;
         if let Some(domain) = &domain {
             let space = domain.space;
             self.check_produced(domain, interest.kinds).map_err(|why| SubscribeError::NotProduced {
@@ -283,10 +321,9 @@ impl Unit {
         }
         let mut seats = Seats::default();
         let mut cache_seat = None;
-        let mut is_mirror = false;
+        let holds = !matches!(subscriber, Subscriber::Observer(_));
         match subscriber {
             Subscriber::Mirror(mirror) => {
-                is_mirror = true;
                 let seat = MirrorSeat::new(sub.clone(), interest, mirror);
                 if let Some(domain) = &domain {
                     fits(domain, &seat.lens, &regions)
@@ -295,15 +332,13 @@ impl Unit {
                 seats.mirrors.push(seat);
             }
             Subscriber::Cache(cache) => {
-                let shared = match (&shared, &domain) {
-                    (Some(shared), _) => shared.clone(),
-                    (None, domain) => {
-                        let sight = control.sight(None, &regions, None, domain.clone());
-                        EndpointShared::new(None, sight)
-                    }
-                };
-                let reader = Reader::new(&shared, &format!("cache {}", sub.id()));
-                let seat = CacheSeat::new(sub.clone(), interest, cache, reader);
+                let own = shared
+                    .is_none()
+                    .then(|| EndpointShared::new(None, control.sight(None, &regions, None, domain.clone())));
+                let label = format!("cache {}", sub.id());
+                let Some(sees) = shared.as_ref().or(own.as_ref()) else { return Err(SubscribeError::Gone) };
+                let reader = Reader::new(sees, &label);
+                let seat = CacheSeat::new(sub.clone(), interest, own, cache, reader);
                 cache_seat = Some(seat.clone());
                 seats.caches.push(seat);
             }
@@ -312,14 +347,16 @@ impl Unit {
                 seats.observers.push(ObserverSeat { sub: sub.clone(), interest, observer, counts });
             }
         }
-        if let Some(shared) = &shared {
-            sub.serve(shared);
-        }
-        let mut done = Completion::ready();
+        let set = sub.endpoint().and_then(|id| control.endpoints.get(&id)).and_then(|member| member.set);
+        let together = control
+            .endpoints
+            .iter()
+            .filter(|(id, m)| Some(**id) == sub.endpoint() || (set.is_some() && m.set == set));
+        together.for_each(|(_, member)| sub.serve(&member.shared));
         match (&domain, home) {
             (Some(domain), _) => {
                 let endpoint = sub.endpoint();
-                if let Err((_, error)) = join(domain, seats, endpoint, &regions, &mut done) {
+                if let Err((_, error)) = join(domain, seats, endpoint, &regions, done) {
                     return Err(match error {
                         ReplayError::Refused(refused) => SubscribeError::Refused(refused),
                         ReplayError::Fenced(why) => SubscribeError::Fenced(why),
@@ -334,8 +371,8 @@ impl Unit {
             (None, Home::Space(_)) => return Err(SubscribeError::Gone),
         }
         control.homes.insert(sub.id(), home);
-        if let (true, Home::Endpoint(id)) = (is_mirror, home) {
-            unfence(&control, id);
+        if let (true, Home::Endpoint(id)) = (holds, home) {
+            unfence(control, id);
         }
         Ok(cache_seat)
     }
@@ -348,16 +385,15 @@ impl Unit {
         let mut seats = Seats::default();
         let domain = domain_of(&control, home);
         if let Some(domain) = &domain {
-            let before = lock(&domain.state).seats.wanted();
             seats = leave_one(domain, id, &mut done);
-            let now = lock(&domain.state).seats.wanted();
-            let _ = self.ask_producer(domain.space, before, now); // cannot be refused
-        } else if let Home::Endpoint(endpoint) = home {
-            if let Some(member) = control.endpoints.get_mut(&endpoint) {
-                seats = member.parked.take(id);
-            }
+            self.settle_wanted(domain);
+        } else if let Home::Endpoint(endpoint) = home
+            && let Some(member) = control.endpoints.get_mut(&endpoint)
+        {
+            seats = member.parked.take(id);
         }
         drop(control);
+        done.let_go(core::mem::take(&mut seats.mirrors));
         let _callback = CallbackScope::enter();
         drop(seats);
         done
@@ -371,17 +407,29 @@ impl Unit {
         binding: u64,
     ) -> Result<Completion, SubscribeError> {
         let Some(member) = control.endpoints.get_mut(&id) else { return Err(SubscribeError::Gone) };
-        member.binding = Some(binding);
+        let before = member.binding;
+        match before {
+            Some(other) if other != binding => {
+                return Err(SubscribeError::Invalid("another binding switches the endpoint"));
+            }
+            Some(_) if !member.shared.sight().1.fenced => return Ok(Completion::ready()),
+            _ => member.binding = Some(binding),
+        }
         let view =
             control.endpoints.get(&id).map(|m| control.view_of(m)).unwrap_or(crate::endpoint::View::Blocked);
         let target = control.space_of(view).map_err(|_| SubscribeError::Gone)?;
         let mut done = Completion::ready();
-        if let Err(refused) = self.rebind(control, binding, id, None, target.as_ref(), &mut done) {
+        let outcome = self.rebind(control, binding, id, None, target.as_ref(), &mut done);
+        if let Some(target) = &target {
+            self.settle_wanted(target);
+        }
+        if let Err(refused) = outcome {
             if let Some(member) = control.endpoints.get_mut(&id) {
-                member.binding = None;
+                member.binding = before;
             }
             return Err(SubscribeError::Refused(refused));
         }
+        unfence(control, id);
         Ok(done)
     }
 }
@@ -417,7 +465,7 @@ fn unfence(control: &Control, id: EndpointId) {
     let fenced = |seats: &Seats| {
         let mirrors = seats.mirrors.iter().map(|s| &s.sub);
         let caches = seats.caches.iter().map(|s| &s.sub);
-        mirrors.chain(caches).any(|sub| sub.endpoint() == Some(id) && sub.is_fenced())
+        mirrors.chain(caches).any(|sub| (sub.endpoint() == Some(id) || sub.serves(id)) && sub.is_fenced())
     };
     let still = domain.as_ref().map_or_else(|| fenced(&member.parked), |d| fenced(&lock(&d.state).seats));
     if !still {
@@ -436,6 +484,12 @@ impl Subscription {
     #[must_use]
     pub fn interest(&self) -> Interest {
         self.interest
+    }
+
+    /// What filling the mirror at subscribe still has under way, once: its acks. Resolves when the mirror is complete; an
+    /// ack that fails has it fenced. Ready for a mirror that acknowledges at once, and for everybody else.
+    pub fn filled(&mut self) -> Completion {
+        core::mem::replace(&mut self.filling, Completion::ready())
     }
 
     /// Whether it has been cut off.
@@ -538,14 +592,21 @@ impl Subscription {
             let held = cache.held()?;
             let mut due = Vec::new();
             if let Some(state) = state {
+                let mut due_of = |m: &Mapping| {
+                    backed(&state.backing, m, &mut |piece| {
+                        let inside = piece.clip(self.interest.window);
+                        due.extend(inside.map(|m| Mapping { range: self.interest.outward(m.range), ..m }));
+                    });
+                };
                 match domain.and_then(|d| d.walker.as_ref()) {
                     // The guest's tables may be newer than what was announced: what they say now counts.
-                    Some(walker) => due.extend(held.iter().filter_map(|m| walker.walk(m.range.start()))),
-                    None => state.writer.for_each(IovaRange::ALL, &mut |m| {
-                        backed(&state.backing, &m, &mut |piece| {
-                            let range = self.interest.outward(piece.range);
-                            due.push(Mapping { range, ..*piece });
-                        });
+                    Some(walker) => {
+                        let starts = held.iter().filter_map(|m| self.interest.inward(m.range));
+                        let walked: Vec<_> = starts.filter_map(|range| walker.walk(range.start())).collect();
+                        walked.iter().for_each(&mut due_of);
+                    }
+                    None => state.writer.for_each(self.interest.window, &mut |m| {
+                        due_of(&m);
                         ControlFlow::Continue(())
                     }),
                 }
@@ -563,11 +624,17 @@ impl Subscription {
     pub fn reach_changed(&self, reach: Reach) -> Result<Completion, SubscribeError> {
         let _scope = StepScope::enter().map_err(|_| SubscribeError::Invalid("inside a callback"))?;
         check_reach(&reach)?;
-        let control = lock(&self.iommu.unit.control);
+        let mut control = lock(&self.iommu.unit.control);
         let home = *control.homes.get(&self.id()).ok_or(SubscribeError::Gone)?;
         let (domain, _, regions) = place(&control, home)?;
         let mut done = Completion::ready();
-        let Some(domain) = domain else { return Err(SubscribeError::Gone) };
+        let Some(domain) = domain else {
+            // Blocked: it holds nothing, and is looked at with the new reach when it comes somewhere.
+            let members = control.endpoints.values_mut();
+            let seat = members.flat_map(|m| &mut m.parked.mirrors).find(|s| s.sub.id() == self.id());
+            seat.ok_or(SubscribeError::Invalid("not a mirror"))?.lens.set_reach(reach);
+            return Ok(done);
+        };
         // Emptied with the old reach, filled with the new one: the simple way, for a rare event.
         let mut seats = leave_one(&domain, self.id(), &mut done);
         let [seat] = seats.mirrors.as_mut_slice() else {

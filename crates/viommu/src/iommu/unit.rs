@@ -14,7 +14,7 @@ use crate::quiesce::scope::{CallbackScope, StepScope};
 use crate::quiesce::space;
 use crate::reader::FaultSink;
 use crate::subscribe::{Binding, Kinds, Producer, Refused, Space};
-use crate::sync::{Arc, AtomicU64, Mutex, Ordering, StdArc, lock};
+use crate::sync::{Arc, AtomicU64, AtomicUsize, Mutex, Ordering, StdArc, lock};
 use crate::table::{Arena, Table};
 
 pub(crate) type Alarm = StdArc<dyn Fn(&Incident) + Send + Sync>;
@@ -22,13 +22,17 @@ pub(crate) type Alarm = StdArc<dyn Fn(&Incident) + Send + Sync>;
 /// Shared by the unit and its domains: counted across them.
 pub(crate) struct Totals {
     mappings: AtomicU64,
+    /// Completions that wait for a subscriber.
+    pub(crate) outstanding: AtomicUsize,
+    alarms: AtomicU64,
     pub(crate) cap: Option<u64>,
     pub(crate) alarm: Option<Alarm>,
 }
 
 impl Totals {
     pub(crate) fn new(cap: Option<u64>, alarm: Option<Alarm>) -> Arc<Self> {
-        Arc::new(Self { mappings: AtomicU64::new(0), cap, alarm })
+        let (mappings, alarms) = (AtomicU64::new(0), AtomicU64::new(0));
+        Arc::new(Self { mappings, outstanding: AtomicUsize::new(0), alarms, cap, alarm })
     }
 
     /// Counts `count` more mappings; `false` when that is more than the cap.
@@ -47,8 +51,12 @@ impl Totals {
     }
 
     pub(crate) fn alarm(&self, incident: &Incident) {
-        #[cfg(feature = "tracing")]
-        tracing::error!(?incident, "a subscriber or an endpoint was cut off");
+        // A guest can cause some of these again and again: the log gets the first ones, then ever fewer.
+        let nth = self.alarms.fetch_add(1, Ordering::Relaxed);
+        if nth < 16 || nth.is_power_of_two() {
+            #[cfg(feature = "tracing")]
+            tracing::error!(?incident, nth, "a subscriber or an endpoint was cut off");
+        }
         if let Some(alarm) = &self.alarm {
             alarm(incident);
         }
@@ -88,6 +96,8 @@ pub(crate) struct Control {
     /// Where each subscription hangs.
     pub(crate) homes: BTreeMap<u64, Home>,
     pub(crate) next_set: u64,
+    /// The readers of domains that are gone, as long as one of them may be inside.
+    pub(crate) retired: Vec<Arc<space::Space>>,
 }
 
 /// Where a subscription hangs.
@@ -134,6 +144,7 @@ pub(crate) fn make_domain(
         seats: Seats::default(),
         backing: backing.clone(),
         regions: Vec::new(),
+        told: Kinds::empty(),
         dirty: None,
         limit: if identity { None } else { config.domain_mappings },
         may_cut: !matches!(tables, Tables::Owned),
@@ -191,7 +202,27 @@ impl Unit {
         !done.is_stuck()
     }
 
-    pub(crate) fn ask_producer(&self, space: Space, old: Kinds, new: Kinds) -> Result<(), Refused> {
+    /// Asks the model for `more` besides what it has been asked for. Who does not come after all is told by
+    /// [`Unit::settle_wanted`].
+    pub(crate) fn ask_producer(&self, domain: &DomainInner, more: Kinds) -> Result<(), Refused> {
+        let old = lock(&domain.state).told;
+        self.tell_producer(domain.space, old, old | more)?;
+        lock(&domain.state).told = old | more;
+        Ok(())
+    }
+
+    /// Tells the model what is wanted now, whatever it was asked for. Observers that moved here are new to it; it cannot
+    /// refuse them.
+    pub(crate) fn settle_wanted(&self, domain: &DomainInner) {
+        let (old, new) = {
+            let mut state = lock(&domain.state);
+            let new = state.seats.wanted();
+            (core::mem::replace(&mut state.told, new), new)
+        };
+        let _ = self.tell_producer(domain.space, old, new);
+    }
+
+    fn tell_producer(&self, space: Space, old: Kinds, new: Kinds) -> Result<(), Refused> {
         match &self.config.producer {
             Some(producer) if old != new => {
                 let _callback = CallbackScope::enter();
@@ -208,6 +239,12 @@ impl Unit {
         backing: &Arc<Backing>,
     ) -> Result<Arc<DomainInner>, AttachErrorKind> {
         make_domain(&self.config, &self.arena, &self.totals, space, tables, backing)
+    }
+
+    /// Completions that have not resolved.
+    pub(crate) fn outstanding(&self, control: &Control) -> usize {
+        let removals = control.spaces().map(|domain| domain.readers.outstanding.load(Ordering::Relaxed));
+        removals.sum::<usize>().saturating_add(self.totals.outstanding.load(Ordering::Relaxed))
     }
 
     pub(crate) fn next_id(&self) -> u64 {
@@ -263,7 +300,8 @@ impl Control {
             domain,
             backing: self.backing.clone(),
             regions: regions.clone(),
-            regions_last: regions.last().map(|r| r.range.last()),
+            table: None,
+            clear_from: 0,
             faults: faults.cloned(),
             fenced: false,
         }

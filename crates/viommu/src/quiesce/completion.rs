@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 
 use crate::ack::Waiting;
 use crate::addr::IovaRange;
-use crate::deliver::Sub;
+use crate::deliver::{MirrorSeat, Sub};
 use crate::endpoint::EndpointId;
+use crate::iommu::unit::Totals;
 use crate::quiesce::lease::Lent;
-use crate::quiesce::scope::{StepScope, after_the_step, in_callback, in_step};
+use crate::quiesce::scope::{CallbackScope, StepScope, after_the_step, in_step};
 use crate::quiesce::slot::{Grace, thread_holds_a_guard};
 use crate::quiesce::space::Space;
 use crate::sync::{
@@ -38,8 +39,12 @@ pub struct Completion(Option<Box<Work>>);
 
 struct Work {
     acks: Vec<(Arc<Sub>, Waiting)>,
+    /// The units whose subscribers are awaited: each counts this completion as outstanding.
+    units: Vec<Arc<Totals>>,
     places: Vec<Place>,
     phase: Phase,
+    /// Those that have left and have not acknowledged all: still there to be fenced.
+    leaving: StdMutex<Vec<MirrorSeat>>,
     /// A fence did not hold: this never resolves.
     stuck: bool,
     /// When it was first found pending.
@@ -96,8 +101,8 @@ pub enum WaitError {
     /// This thread holds a guard: it would wait for itself.
     #[error("waiting while this thread holds a guard")]
     HoldingGuard,
-    /// This thread is inside a subscriber's callback.
-    #[error("waiting inside a subscriber's callback")]
+    /// This thread is inside a subscriber's callback, or holds a burst.
+    #[error("waiting inside a subscriber's callback or a burst")]
     InCallback,
     /// Time is up. The embedder chooses: wait on, reset the device, stop the virtual machine.
     #[error("not complete in time: {} blockers", .0.len())]
@@ -122,7 +127,9 @@ impl Completion {
     fn work(&mut self) -> &mut Work {
         self.0.get_or_insert_with(|| {
             let phase = Phase::Acks;
-            Box::new(Work { acks: Vec::new(), places: Vec::new(), phase, stuck: false, since: None })
+            let leaving = StdMutex::default();
+            let (acks, places, units) = (Vec::new(), Vec::new(), Vec::new());
+            Box::new(Work { acks, places, units, phase, leaving, stuck: false, since: None })
         })
     }
 
@@ -132,7 +139,27 @@ impl Completion {
     }
 
     pub(crate) fn add_ack(&mut self, sub: &Arc<Sub>, waiting: Waiting) {
-        self.work().acks.push((sub.clone(), waiting));
+        let work = self.work();
+        if let Some(totals) = sub.totals()
+            && !work.units.iter().any(|unit| Arc::ptr_eq(unit, &totals))
+        {
+            totals.outstanding.fetch_add(1, Ordering::Relaxed);
+            work.units.push(totals);
+        }
+        work.acks.push((sub.clone(), waiting));
+    }
+
+    /// Lets go of mirrors that have left: at once, or when they have acknowledged all that is awaited of them.
+    pub(crate) fn let_go(&mut self, mirrors: Vec<MirrorSeat>) {
+        let acks = self.0.as_ref().map_or(&[][..], |work| &work.acks);
+        let owes =
+            |seat: &MirrorSeat| seat.is_live() && acks.iter().any(|(sub, _)| sub.id() == seat.sub.id());
+        let (owing, free): (Vec<_>, Vec<_>) = mirrors.into_iter().partition(owes);
+        if !owing.is_empty() {
+            lock_std(&self.work().leaving).extend(owing);
+        }
+        let _callback = CallbackScope::enter();
+        drop(free);
     }
 
     pub(crate) fn set_stuck(&mut self) {
@@ -150,7 +177,16 @@ impl Completion {
             ours.add(&place.space, place.endpoint, &place.ranges);
             place.space.outstanding.fetch_sub(1, Ordering::Relaxed);
         }
+        for unit in core::mem::take(&mut theirs.units) {
+            if ours.units.iter().any(|other| Arc::ptr_eq(other, &unit)) {
+                unit.outstanding.fetch_sub(1, Ordering::Relaxed);
+            } else {
+                ours.units.push(unit);
+            }
+        }
         ours.stuck |= theirs.stuck;
+        ours.since = [ours.since, theirs.since].into_iter().flatten().min();
+        lock_std(&ours.leaving).append(&mut lock_std(&theirs.leaving));
         other.0 = None;
     }
 
@@ -167,12 +203,24 @@ impl Completion {
 
     fn advance(&mut self, waker: Option<&Waker>) -> bool {
         let Some(work) = self.0.as_mut() else { return true };
-        if work.advance(waker) {
+        // Fencing takes locks that this thread may hold now.
+        let may_fence = !in_step();
+        // Callbacks may follow, of leases: what they put off is done when this is over.
+        let _scope = StepScope::enter();
+        if work.advance(waker, may_fence) {
             self.0 = None;
             return true;
         }
         work.since.get_or_insert_with(Instant::now);
         false
+    }
+
+    /// Nobody will poll any more. Guards and leases end by themselves; consumers are followed.
+    fn abandon(&mut self) {
+        let Some(work) = self.0.as_mut().filter(|work| !work.acks.is_empty()) else { return };
+        work.forget_places();
+        let rest = Rest { acks: Some(Self(self.0.take())), again: false };
+        StdArc::new(Orphan(StdMutex::new(rest))).settle();
     }
 
     /// What it waits for now.
@@ -202,7 +250,7 @@ impl Completion {
         if self.0.is_none() {
             return Ok(());
         }
-        if in_callback() {
+        if in_step() {
             return Err(WaitError::InCallback);
         }
         if thread_holds_a_guard() {
@@ -244,6 +292,12 @@ impl Wake for Unpark {
 }
 
 impl Work {
+    fn forget_places(&mut self) {
+        for place in self.places.drain(..) {
+            place.space.outstanding.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
     fn add(&mut self, space: &Arc<Space>, endpoint: Option<u64>, ranges: &[IovaRange]) {
         let same = |p: &&mut Place| p.endpoint == endpoint && Arc::ptr_eq(&p.space, space);
         if let Some(place) = self.places.iter_mut().find(same) {
@@ -260,7 +314,7 @@ impl Work {
         self.places.push(Place { space: space.clone(), endpoint, ranges: ranges.to_vec() });
     }
 
-    fn advance(&mut self, waker: Option<&Waker>) -> bool {
+    fn advance(&mut self, waker: Option<&Waker>, may_fence: bool) -> bool {
         if self.stuck {
             return false;
         }
@@ -271,10 +325,16 @@ impl Work {
                         match waiting.poll(waker) {
                             None => return false,
                             Some(true) => {}
-                            // Fencing takes locks that this thread may hold now.
-                            Some(false) if in_callback() => return false,
+                            Some(false) if !may_fence => return false,
                             Some(false) => {
-                                if !sub.fence("a call was answered with a failure") {
+                                let why = "a call was answered with a failure";
+                                let mut leaving = lock_std(&self.leaving);
+                                let seat = leaving.iter_mut().find(|seat| seat.sub.id() == sub.id());
+                                let fenced = match seat {
+                                    Some(seat) => seat.fence_and_tell(why),
+                                    None => sub.fence(why),
+                                };
+                                if !fenced {
                                     self.stuck = true;
                                     return false;
                                 }
@@ -300,11 +360,7 @@ impl Work {
                     for place in &self.places {
                         leases.extend(place.space.leases.meeting(&place.ranges, place.endpoint));
                     }
-                    {
-                        // What its callback puts off runs behind it.
-                        let _scope = StepScope::enter();
-                        leases.iter().for_each(|lent| lent.revoke());
-                    }
+                    leases.iter().for_each(|lent| lent.revoke());
                     self.phase = Phase::Leases(leases);
                 }
                 Phase::Leases(leases) => {
@@ -317,13 +373,6 @@ impl Work {
                     return true;
                 }
             }
-        }
-    }
-
-    /// Nobody will poll any more: each consumer is followed by itself.
-    fn abandon(&mut self) {
-        for (sub, waiting) in self.acks.drain(..) {
-            StdArc::new(Orphan { sub, waiting: StdMutex::new(waiting) }).settle();
         }
     }
 
@@ -340,36 +389,58 @@ impl Work {
         match &self.phase {
             Phase::Acks => {}
             Phase::Guards(grace) => blockers.extend(grace.pending.iter().map(|(slot, _)| {
-                blocker(Some(EndpointId::from_key(slot.endpoint)), &slot.label, BlockerKind::Guard)
+                blocker(EndpointId::from_key(slot.endpoint), &slot.label, BlockerKind::Guard)
             })),
-            Phase::Leases(leases) => blockers.extend(leases.iter().map(|lent| {
-                blocker(Some(EndpointId::from_key(lent.endpoint)), &lent.label, BlockerKind::Lease)
-            })),
+            Phase::Leases(leases) => {
+                blockers.extend(leases.iter().map(|lent| {
+                    blocker(EndpointId::from_key(lent.endpoint), &lent.label, BlockerKind::Lease)
+                }))
+            }
         }
         blockers
     }
 }
 
-/// An ack whose completion was dropped: a consumer that fails is fenced all the same.
-struct Orphan {
-    sub: Arc<Sub>,
-    waiting: StdMutex<Waiting>,
+/// The acks of a completion that was dropped: a consumer that fails is fenced all the same.
+struct Orphan(StdMutex<Rest>);
+
+#[derive(Default)]
+struct Rest {
+    /// `None` while a thread looks at it, and when it is over.
+    acks: Option<Completion>,
+    /// An ack has come meanwhile.
+    again: bool,
 }
 
 impl Orphan {
     fn settle(self: StdArc<Self>) {
         let waker = Waker::from(self.clone());
-        let outcome = lock_std(&self.waiting).poll(Some(&waker));
-        if outcome == Some(false) {
-            // The alarm has been raised if that fails; there is nobody else to tell.
-            self.sub.fence("a call was answered with a failure");
+        loop {
+            let mut acks = {
+                let mut rest = lock_std(&self.0);
+                let Some(acks) = rest.acks.take() else {
+                    rest.again = true;
+                    return;
+                };
+                rest.again = false;
+                acks
+            };
+            // With no lock held: it may fence.
+            if acks.advance(Some(&waker)) || acks.is_stuck() {
+                return;
+            }
+            let mut rest = lock_std(&self.0);
+            rest.acks = Some(acks);
+            if !rest.again {
+                return;
+            }
         }
     }
 }
 
 impl Wake for Orphan {
     fn wake(self: StdArc<Self>) {
-        if in_step() || in_callback() {
+        if in_step() {
             after_the_step(move || self.settle());
         } else {
             self.settle();
@@ -379,8 +450,9 @@ impl Wake for Orphan {
 
 impl Drop for Work {
     fn drop(&mut self) {
-        for place in &self.places {
-            place.space.outstanding.fetch_sub(1, Ordering::Relaxed);
+        self.forget_places();
+        for unit in &self.units {
+            unit.outstanding.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }
@@ -391,12 +463,12 @@ impl Drop for Completion {
             return;
         }
         if in_step() {
-            // A consumer that has failed is to be fenced, which takes locks that the step holds.
+            // Whoever has to be fenced can only be fenced when this thread holds no lock.
             let rest = Self(self.0.take());
             after_the_step(move || drop(rest));
-        } else if !self.advance(None) {
+        } else if !self.advance(None) && !self.is_stuck() {
             dropped_pending();
-            self.0.as_mut().into_iter().for_each(|work| work.abandon());
+            self.abandon();
         }
     }
 }

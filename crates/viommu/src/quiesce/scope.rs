@@ -4,19 +4,21 @@
 
 use std::cell::{Cell, RefCell};
 
-use crate::sync::thread_local;
+use crate::sync::{thread_counter, thread_local};
 
 type Later = Box<dyn FnOnce()>;
 
+thread_counter!(STEPS);
+thread_counter!(CALLBACKS);
+thread_counter!(BURSTS);
+thread_counter!(PUT_OFF);
 thread_local! {
-    static STEPS: Cell<u32> = const { Cell::new(0) };
-    static CALLBACKS: Cell<u32> = const { Cell::new(0) };
-    static LATER: RefCell<Vec<Later>> = const { RefCell::new(Vec::new()) };
+    static LATER: RefCell<Vec<Later>> = RefCell::new(Vec::new());
 }
 
-/// The call was made inside a subscriber's callback.
+/// The call was made inside a subscriber's callback, or while this thread holds a burst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("called inside a subscriber's callback")]
+#[error("called inside a subscriber's callback or a burst")]
 pub(crate) struct InCallback;
 
 /// A step on this thread. Made before any lock is taken, so that it ends after all are released.
@@ -25,7 +27,7 @@ pub(crate) struct StepScope(());
 impl StepScope {
     #[inline]
     pub(crate) fn enter() -> Result<Self, InCallback> {
-        if in_callback() {
+        if in_callback() || BURSTS.with(Cell::get) != 0 {
             return Err(InCallback);
         }
         STEPS.with(|steps| steps.set(steps.get().wrapping_add(1)));
@@ -40,7 +42,7 @@ impl Drop for StepScope {
             steps.set(steps.get().wrapping_sub(1));
             steps.get()
         });
-        if left == 0 && LATER.with(|later| !later.borrow().is_empty()) {
+        if left == 0 && PUT_OFF.with(Cell::get) != 0 {
             run_later();
         }
     }
@@ -48,6 +50,7 @@ impl Drop for StepScope {
 
 #[cold]
 fn run_later() {
+    PUT_OFF.with(|n| n.set(0));
     for later in LATER.with(RefCell::take) {
         later();
     }
@@ -71,20 +74,37 @@ impl Drop for CallbackScope {
     }
 }
 
+/// Several steps under one lock on this thread: no other step can begin here.
+pub(crate) struct BurstScope(());
+
+impl BurstScope {
+    pub(crate) fn enter() -> Self {
+        BURSTS.with(|bursts| bursts.set(bursts.get().wrapping_add(1)));
+        Self(())
+    }
+}
+
+impl Drop for BurstScope {
+    fn drop(&mut self) {
+        BURSTS.with(|bursts| bursts.set(bursts.get().wrapping_sub(1)));
+    }
+}
+
+/// Whether this thread is in the middle of a step, and so may hold the unit's or a domain's lock.
+#[inline]
+pub(crate) fn in_step() -> bool {
+    STEPS.with(Cell::get) != 0 || in_callback()
+}
+
 /// Whether this thread is inside a subscriber's callback.
 #[inline]
 pub(crate) fn in_callback() -> bool {
     CALLBACKS.with(Cell::get) != 0
 }
 
-/// Whether this thread is inside a step: it may hold locks of the core.
-#[inline]
-pub(crate) fn in_step() -> bool {
-    STEPS.with(Cell::get) != 0
-}
-
 /// Puts `f` off until the step that this callback belongs to is over.
 pub(crate) fn after_the_step(f: impl FnOnce() + 'static) {
+    PUT_OFF.with(|n| n.set(n.get().wrapping_add(1)));
     LATER.with(|later| later.borrow_mut().push(Box::new(f)));
 }
 

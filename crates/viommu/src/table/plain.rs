@@ -2,12 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::sync::{Arc, RwLock};
 
-use super::{Cuts, Hit, InsertError, NoMemory};
+use super::{Cuts, Hit, InsertError};
 use crate::addr::{Iova, IovaRange};
 use crate::mapping::Mapping;
-use crate::quiesce::space::Space;
-use crate::sync::{Arc, RwLock};
 
 type Map = BTreeMap<u64, Mapping>;
 
@@ -17,23 +16,10 @@ pub(crate) struct Table(RwLock<Map>);
 /// What the domain changes, under its own lock.
 pub(crate) struct Writer(Arc<Table>);
 
-/// No cap here.
-pub(crate) struct Arena;
-
-impl Arena {
-    pub(crate) fn new(_bytes: u64) -> Result<Arc<Self>, NoMemory> {
-        Ok(Arc::new(Self))
-    }
-
-    pub(crate) fn used(&self) -> u64 {
-        0
-    }
-}
-
 impl Table {
-    pub(crate) fn new(_arena: &Arc<Arena>, _readers: Arc<Space>) -> Result<(Arc<Self>, Writer), NoMemory> {
+    pub(crate) fn new() -> (Arc<Self>, Writer) {
         let table = Arc::new(Self(RwLock::new(Map::new())));
-        Ok((table.clone(), Writer(table)))
+        (table.clone(), Writer(table))
     }
 
     /// To be called under a guard, or under the writer's lock.
@@ -77,11 +63,6 @@ impl Writer {
         Ok(())
     }
 
-    /// Makes sure that inserting `additions` once, after any removals, cannot fail for want of memory.
-    pub(crate) fn reserve(&mut self, _additions: &[Mapping]) -> Result<(), NoMemory> {
-        Ok(())
-    }
-
     /// Whether a mapping sticks out of `range` at either end.
     pub(crate) fn cuts(&self, range: IovaRange) -> bool {
         let sticks_out =
@@ -101,15 +82,6 @@ impl Writer {
             count += 1;
         }
         Ok(count)
-    }
-
-    /// As [`Writer::remove`], without telling.
-    pub(crate) fn remove_all_in(&mut self, range: IovaRange) -> Result<usize, Cuts> {
-        self.remove(range, &mut |_| {})
-    }
-
-    pub(crate) fn bytes(&self) -> u64 {
-        0
     }
 
     /// Mappings in the record.

@@ -1,0 +1,93 @@
+//! The command line.
+
+use std::num::NonZeroU64;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// A virtual IOMMU's record, replayed and checked.
+#[derive(Debug, Parser)]
+#[command(name = "viommu", version, about, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Replays the history of a guest's mappings through the core and checks all that can be checked
+    ///
+    /// Every endpoint has a mirror (a VFIO type1 container in software) and a cache (a vhost IOTLB of 2048 entries).
+    /// The translations and notifications that the history records are compared with theirs, and all of them are
+    /// audited every 1000 operations.
+    ///
+    /// Exit status: 0 all agree, 1 something differs, 2 the input cannot be read.
+    Replay(Replay),
+    /// Writes a history in viommu's own format
+    Convert(Convert),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Replay {
+    /// A QEMU -trace log, Linux trace text or viommu's own format, plain or compressed (.xz, .zst, .gz);
+    /// `-` is standard input. Without it: a built-in history
+    pub(crate) file: Option<PathBuf>,
+    /// What to print
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) format: Format,
+    /// Writes a self-contained page with pictures
+    #[arg(long, value_name = "OUT.html")]
+    pub(crate) report: Option<PathBuf>,
+    /// Each mirror refuses every N-th map that a guest operation asks of it, and with it the operation
+    #[arg(long, value_name = "N")]
+    pub(crate) fail_map: Option<NonZeroU64>,
+    /// Each mirror fails every N-th unmap that a guest operation asks of it, and is fenced
+    #[arg(long, value_name = "N")]
+    pub(crate) fail_unmap: Option<NonZeroU64>,
+    /// A fenced mirror is brought back by a new subscription
+    #[arg(long)]
+    pub(crate) unfence: bool,
+    /// Extents that a mirror can hold
+    #[arg(long, value_name = "N")]
+    pub(crate) limit_entries: Option<u32>,
+    /// How the history's operations reach the core
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) model: Model,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Convert {
+    /// The history to read; `-` is standard input
+    #[arg(value_name = "IN")]
+    pub(crate) from: PathBuf,
+    /// The file to write; `-` is standard output
+    #[arg(value_name = "OUT")]
+    pub(crate) to: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// A table
+    #[default]
+    Text,
+    /// One JSON object
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Model {
+    /// As steps of the record, without a device model between
+    #[default]
+    Direct,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}
