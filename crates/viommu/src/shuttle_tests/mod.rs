@@ -145,9 +145,10 @@ impl<const N: usize> Driver<N> {
         self.places[at].replace(page)
     }
 
-    /// All places become others, in one step.
+    /// All places become others, in one step. Descending pages: no two neighbours are linear, unless steps are mixed.
     fn replace_all(&mut self) -> Vec<Gpa> {
-        let pages: [Gpa; N] = core::array::from_fn(|_| self.memory.page());
+        let mut pages: [Gpa; N] = core::array::from_fn(|_| self.memory.page());
+        pages.reverse();
         let mut changes = self.domain.batch();
         for (at, page) in pages.iter().enumerate() {
             changes = changes.replace(page_at(at, *page));

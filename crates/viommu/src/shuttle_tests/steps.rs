@@ -162,8 +162,8 @@ fn spans_beside_batches() {
                 let guard = reader.enter();
                 let mut pieces = Vec::new();
                 if guard.span(both, Access::READ, &mut pieces).is_ok() {
-                    let [a, b] = pieces.as_slice() else { panic!("{pieces:?}") };
-                    assert_eq!(a.gpa.0 + PAGE, b.gpa.0, "a mix of two steps");
+                    let [a, b] = pieces.as_slice() else { panic!("a mix of two steps: {pieces:?}") };
+                    assert_eq!(a.gpa.0, b.gpa.0 + PAGE, "a mix of two steps");
                     pieces.iter().for_each(|piece| memory.access(piece.gpa));
                 } else {
                     assert!(pieces.is_empty());
