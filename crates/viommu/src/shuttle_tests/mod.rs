@@ -4,6 +4,7 @@
 //! what took it away has resolved, and whoever uses it after that has failed.
 
 mod moves;
+mod nodes;
 mod peers;
 mod steps;
 mod subscribers;

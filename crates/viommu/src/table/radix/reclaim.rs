@@ -15,13 +15,13 @@ use super::word::{Kind, Node, TOP, key, mask};
 use crate::quiesce::slot::Grace;
 
 /// Debt at which a call pays some of it.
-const DUE: u32 = 64;
+const DUE: u32 = if cfg!(shuttle) { 1 } else { 64 };
 /// What a table counts for: it is larger, and dearer to copy or wipe.
 const TABLE: u32 = 4;
 /// The most that one call pays.
 const BUDGET: u32 = 64;
 /// Calls between two looks at a grace period that is not over: readers' slots are on their cores' cache lines.
-const PATIENCE: u32 = 32;
+const PATIENCE: u32 = if cfg!(shuttle) { 1 } else { 32 };
 /// Blank pages that one call gives back.
 const PAGES: u32 = 16;
 /// The most pieces of `BUDGET` when an insertion would fail otherwise.
