@@ -5,9 +5,11 @@ use core::fmt;
 use crate::addr::IovaRange;
 use crate::backing::Backing;
 use crate::domain::inner::DomainInner;
+use crate::quiesce::published::{Outlook, Published};
 use crate::quiesce::slot::Slot;
+use crate::quiesce::space::Space;
 use crate::reader::FaultSink;
-use crate::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
+use crate::sync::Arc;
 use crate::table::Table;
 
 /// A DMA master: a requester id (a PCI function's bus, device and function, say), optionally with a PASID.
@@ -120,79 +122,43 @@ pub(crate) struct Sight {
 /// The part of an endpoint that its readers look at.
 pub(crate) struct EndpointShared {
     pub(crate) id: Option<EndpointId>,
-    generation: Line<AtomicU64>,
-    sight: Mutex<Arc<Sight>>,
-    /// One change of the sight at a time.
-    publishing: Mutex<()>,
-    /// The slots of its readers.
-    slots: Mutex<Vec<Arc<Slot>>>,
+    sight: Published<Sight>,
 }
 
-/// On a line of its own: read at every translation, written by an attach.
-#[repr(align(128))]
-struct Line<T>(T);
+impl Outlook for Sight {
+    fn space(&self) -> Option<&Arc<Space>> {
+        self.domain.as_ref().map(|domain| &domain.readers)
+    }
+}
 
 impl EndpointShared {
     pub(crate) fn new(id: Option<EndpointId>, mut sight: Sight) -> Arc<Self> {
         sight.settle();
-        Arc::new(Self {
-            id,
-            generation: Line(AtomicU64::new(1)),
-            sight: Mutex::new(Arc::new(sight)),
-            publishing: Mutex::new(()),
-            slots: Mutex::new(Vec::new()),
-        })
+        Arc::new(Self { id, sight: Published::new(sight) })
     }
 
     #[inline(always)]
     pub(crate) fn generation(&self) -> u64 {
-        self.generation.0.load(Ordering::Acquire)
+        self.sight.generation()
     }
 
     /// The sight and a generation that is not newer than it.
     pub(crate) fn sight(&self) -> (u64, Arc<Sight>) {
-        let generation = self.generation();
-        (generation, lock(&self.sight).clone())
-    }
-
-    /// Its readers, those that are gone left out.
-    pub(crate) fn slots(&self) -> Vec<Arc<Slot>> {
-        let mut slots = lock(&self.slots);
-        slots.retain(|slot| !slot.is_closed());
-        slots.clone()
+        self.sight.current()
     }
 
     /// A new reader.
     pub(crate) fn add_slot(&self, slot: &Arc<Slot>) {
-        let _one = lock(&self.publishing);
-        if let Some(domain) = &lock(&self.sight).domain {
-            domain.readers.join(slot);
-        }
-        lock(&self.slots).push(slot.clone());
+        self.sight.add_slot(slot);
     }
 
-    /// Publishes a new sight: readers join the new address space before they can see it, and leave the old one after
-    /// they cannot come back. Who is fenced sees nothing, whatever is published.
+    /// Publishes a new sight. Who is fenced sees nothing, whatever is published.
     pub(crate) fn publish(&self, change: impl FnOnce(&Sight) -> Sight) {
-        let _one = lock(&self.publishing);
-        let slots = self.slots();
-        let old = lock(&self.sight).clone();
-        let mut new = change(&old);
-        new.settle();
-        let new = Arc::new(new);
-        let moved = match (&old.domain, &new.domain) {
-            (None, None) => false,
-            (Some(old), Some(new)) => !Arc::ptr_eq(old, new),
-            _ => true,
-        };
-        if let Some(domain) = new.domain.as_ref().filter(|_| moved) {
-            slots.iter().for_each(|slot| domain.readers.join(slot));
-        }
-        *lock(&self.sight) = new;
-        self.generation.0.fetch_add(1, Ordering::Release);
-        if let Some(domain) = old.domain.as_ref().filter(|_| moved) {
-            slots.iter().for_each(|slot| domain.readers.depart(slot));
-        }
+        self.sight.publish(|old| {
+            let mut new = change(old);
+            new.settle();
+            new
+        });
     }
 }
 

@@ -93,44 +93,77 @@
 #[cfg(feature = "fuzzing")]
 extern crate self as viommu;
 
+// Loom checks the quiescence protocol alone: all that it needs of the rest are addresses.
+#[cfg(not(loom))]
 pub mod ack;
 pub mod addr;
+#[cfg(not(loom))]
 mod audit;
+#[cfg(not(loom))]
 pub mod backing;
+#[cfg(not(loom))]
 pub mod change;
+#[cfg(not(loom))]
 mod deliver;
+#[cfg(not(loom))]
 pub mod domain;
+#[cfg(not(loom))]
 pub mod endpoint;
+#[cfg(not(loom))]
 pub mod error;
-#[cfg(feature = "fuzzing")]
+#[cfg(all(feature = "fuzzing", not(loom)))]
 #[doc(hidden)]
 pub mod fuzzing;
+#[cfg(not(loom))]
 mod iommu;
+#[cfg(not(loom))]
 pub mod mapping;
 mod quiesce;
+#[cfg(not(loom))]
 pub mod reader;
+#[cfg(not(loom))]
 pub mod state;
+#[cfg(not(loom))]
 pub mod subscribe;
 mod sync;
+#[cfg(not(loom))]
 mod table;
 
-pub use ack::Ack;
+#[cfg(all(test, shuttle))]
+mod shuttle_tests;
+
 pub use addr::{Gpa, GpaRange, Iova, IovaRange};
+
+#[cfg(not(loom))]
+pub use ack::Ack;
+#[cfg(not(loom))]
 pub use audit::Audit;
+#[cfg(not(loom))]
 pub use backing::{Extent, Medium};
+#[cfg(not(loom))]
 pub use change::Change;
+#[cfg(not(loom))]
 pub use deliver::Counts;
+#[cfg(not(loom))]
 pub use domain::{Domain, Tables};
+#[cfg(not(loom))]
 pub use endpoint::{EndpointId, View};
+#[cfg(not(loom))]
 pub use error::{AttachError, AttachErrorKind, Cap, Incident, StepError, StepErrorKind, SubscribeError};
+#[cfg(not(loom))]
 pub use iommu::{
     BindingHandle, BuildError, Builder, DEFAULT_TABLE_BYTES, Endpoint, EndpointConfig, FillError, Iommu,
     Reset, ResetKind, Subscription,
 };
+#[cfg(not(loom))]
 pub use mapping::{Access, Mapping, Target};
+#[cfg(not(loom))]
 pub use quiesce::completion::{Blocker, BlockerKind, Completion, WaitError};
+#[cfg(not(loom))]
 pub use reader::{Fault, FaultReason, Guard, Lease, OwnedGuard, Place, Reader, Translation, Translator};
+#[cfg(not(loom))]
 pub use state::{RestoreError, SaveError, Saved};
+#[cfg(not(loom))]
 pub use subscribe::{Interest, Kinds, Space};
 
 /// The examples of the page for those who come from QEMU run as tests.

@@ -12,7 +12,7 @@ use crate::endpoint::{EndpointId, EndpointShared, RegionKind, Sight};
 use crate::mapping::{Access, Mapping, Target};
 use crate::quiesce::scope::{CallbackScope, in_callback};
 use crate::quiesce::slot::{Counted, Entry};
-use crate::sync::{Arc, Ordering, fence, lock};
+use crate::sync::{Arc, Ordering, fence, lock, spin_loop};
 use crate::table::{Hit, PAGE};
 
 /// What an address translates to.
@@ -116,6 +116,9 @@ pub trait Walker: Send + Sync {
     /// guard or a cache's lock; it must not make steps.
     fn walk(&self, iova: Iova) -> Option<Mapping>;
 }
+
+/// Tries at a span before the lock. A model checker is to see the locking.
+const SPAN_TRIES: u32 = if cfg!(shuttle) { 2 } else { 16 };
 
 /// A device's way to translate: one for each worker and endpoint. Make it on the thread that uses it. A clone is
 /// another reader of the same endpoint, with the same label.
@@ -353,7 +356,7 @@ impl Translator {
         // Churn of other pages alone makes a try fail; some tries are cheaper than the lock. Inside a callback the lock
         // may not be taken, and the version moves on soon: nothing that blocks is done while it is odd.
         for tried in 0_u32.. {
-            if tried >= 16 && !in_callback() {
+            if tried >= SPAN_TRIES && !in_callback() {
                 break;
             }
             let version = domain.version.load(Ordering::Acquire);
@@ -365,7 +368,7 @@ impl Translator {
                     return outcome;
                 }
             }
-            core::hint::spin_loop();
+            spin_loop();
         }
         pieces.truncate(before);
         let _still = lock(&domain.state);

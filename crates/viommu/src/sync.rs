@@ -1,32 +1,45 @@
 //! The synchronisation that the crate is written against: std's, or a model checker's stand-ins for it.
 
-/// Std's, whatever the rest is made of: for what embedders hand in, and for what no schedule is checked.
+/// Std's, whatever the rest is made of: for what embedders hand in, and for what is never held over anything that a
+/// schedule depends on.
 pub(crate) use std::sync::{Arc as StdArc, Mutex as StdMutex, MutexGuard as StdMutexGuard};
 
 #[cfg(not(any(loom, shuttle)))]
 pub(crate) use std::{
+    hint::spin_loop,
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
     },
+    thread::{Thread, current, park, park_timeout},
     thread_local,
 };
 
 #[cfg(loom)]
-pub(crate) use loom::{
-    sync::{
-        Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
-    },
-    thread_local,
+pub(crate) use loom::sync::{
+    Arc, Mutex, MutexGuard,
+    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
 };
 
+/// Its own does not know constant initialisers.
+#[cfg(loom)]
+macro_rules! loom_local {
+    ($(#[$attribute:meta])* static $name:ident: $of:ty = const { $init:expr };) => {
+        loom::thread_local! { $(#[$attribute])* static $name: $of = $init; }
+    };
+}
+#[cfg(loom)]
+pub(crate) use loom_local as thread_local;
+
+// Its Arc is std's.
 #[cfg(shuttle)]
 pub(crate) use shuttle::{
+    hint::spin_loop,
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
     },
+    thread::{Thread, current, park, park_timeout},
     thread_local,
 };
 

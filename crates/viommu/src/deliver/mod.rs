@@ -14,7 +14,7 @@ use crate::error::Incident;
 use crate::iommu::unit::{Totals, Unit};
 use crate::mapping::{Access, Mapping, Target};
 use crate::subscribe::{Interest, Kinds, Observer, Space};
-use crate::sync::{Arc, AtomicBool, Ordering, StdMutex, lock_std};
+use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock};
 
 pub(crate) use cache::CacheSeat;
 pub(crate) use mirror::MirrorSeat;
@@ -25,7 +25,7 @@ pub(crate) struct Sub {
     endpoint: Option<EndpointId>,
     fenced: AtomicBool,
     /// The endpoints that it serves: cut off with it.
-    serves: StdMutex<Vec<Arc<EndpointShared>>>,
+    serves: Mutex<Vec<Arc<EndpointShared>>>,
     unit: Weak<Unit>,
 }
 
@@ -36,7 +36,7 @@ impl Sub {
         serves: Vec<Arc<EndpointShared>>,
         unit: Weak<Unit>,
     ) -> Arc<Self> {
-        let serves = StdMutex::new(serves);
+        let serves = Mutex::new(serves);
         Arc::new(Self { id, endpoint, fenced: AtomicBool::new(false), serves, unit })
     }
 
@@ -56,25 +56,25 @@ impl Sub {
     /// Marks it, and its endpoints, as cut off: their accesses in this process fault from now on.
     pub(crate) fn set_fenced(&self) {
         self.fenced.store(true, Ordering::Release);
-        for endpoint in lock_std(&self.serves).iter() {
+        for endpoint in lock(&self.serves).iter() {
             endpoint.publish(|sight| Sight { fenced: true, ..sight.copy() });
         }
     }
 
     pub(crate) fn serve(&self, endpoint: &Arc<EndpointShared>) {
-        lock_std(&self.serves).push(endpoint.clone());
+        lock(&self.serves).push(endpoint.clone());
     }
 
     pub(crate) fn forsake(&self, id: EndpointId) {
-        lock_std(&self.serves).retain(|e| e.id != Some(id));
+        lock(&self.serves).retain(|e| e.id != Some(id));
     }
 
     pub(crate) fn serves(&self, id: EndpointId) -> bool {
-        lock_std(&self.serves).iter().any(|e| e.id == Some(id))
+        lock(&self.serves).iter().any(|e| e.id == Some(id))
     }
 
     pub(crate) fn serves_nobody(&self) -> bool {
-        lock_std(&self.serves).is_empty()
+        lock(&self.serves).is_empty()
     }
 
     /// The counters of its unit.

@@ -105,12 +105,11 @@ impl DomainInner {
     /// several steps at once (`lazy`), nothing is waited for where nobody is inside.
     #[inline]
     pub(crate) fn note_removal(&self, ranges: &[IovaRange], lazy: bool, done: &mut Completion) {
-        let lent = self.readers.leases.meeting(ranges, None);
-        if !lazy && lent.is_empty() && done.is_ready() && self.readers.is_quiet() {
+        if !lazy && done.is_ready() && self.readers.is_unused(ranges) {
             return;
         }
         done.add_removal(&self.readers, None, ranges);
-        lent.iter().for_each(|lent| lent.revoke());
+        self.readers.leases.meeting(ranges, None).iter().for_each(|lent| lent.revoke());
     }
 
     /// Makes `plan` true. On an error the record holds `fallback` and every mirror holds the same, or is fenced.

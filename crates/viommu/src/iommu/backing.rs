@@ -80,7 +80,7 @@ impl Iommu {
         state.backing = backing;
         drop(state);
         // Whatever was mapped to it may be in use by anybody, also where it has been unmapped since.
-        control.retired.retain(|readers| !readers.is_unused());
+        control.retired.retain(|readers| !readers.is_unused(&[IovaRange::ALL]));
         for readers in control.spaces().map(|domain| &domain.readers).chain(&control.retired) {
             done.add_removal(readers, None, &[IovaRange::ALL]);
         }

@@ -241,8 +241,8 @@ impl Unit {
         self.settle_wanted(&domain);
         let space = domain.space;
         control.homes.retain(|_, home| *home != Home::Space(space));
-        control.retired.retain(|readers| !readers.is_unused());
-        if !domain.readers.is_unused() {
+        control.retired.retain(|readers| !readers.is_unused(&[IovaRange::ALL]));
+        if !domain.readers.is_unused(&[IovaRange::ALL]) {
             control.retired.push(domain.readers.clone());
         }
         done.let_go(core::mem::take(&mut seats.mirrors));

@@ -15,7 +15,7 @@ use crate::subscribe::{RefusalKind, Refused, Unreachable};
 use crate::sync::{Arc, lock};
 
 /// Mappings delivered under one taking of the domain's lock, so that a replay does not stop the domain.
-const SLICE: usize = 512;
+const SLICE: usize = if cfg!(shuttle) { 1 } else { 512 };
 
 /// Why a mirror could not be filled.
 #[derive(Clone, Debug)]

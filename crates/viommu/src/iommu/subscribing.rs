@@ -510,7 +510,10 @@ impl Subscription {
         }
         let (unit, id) = (self.iommu.unit.clone(), self.sub.id());
         if in_callback() {
-            after_the_step(move || drop(unit.unseat(id)));
+            after_the_step(move || {
+                let _scope = StepScope::enter();
+                drop(unit.unseat(id));
+            });
             return Completion::ready();
         }
         let _scope = StepScope::enter();

@@ -17,10 +17,15 @@ use crate::quiesce::lease::Lent;
 use crate::quiesce::scope::{CallbackScope, StepScope, after_the_step, in_step};
 use crate::quiesce::slot::{Grace, thread_holds_a_guard};
 use crate::quiesce::space::Space;
-use crate::sync::{Arc, Ordering, StdArc, StdMutex, lock_std};
+use crate::sync::{
+    Arc, Ordering, StdArc, StdMutex, Thread, current, lock_std, park, park_timeout, spin_loop,
+};
 
 /// Ranges remembered one by one; beyond that their hull, which only ever waits for more.
 const RANGES: usize = 32;
+
+/// Polls before a wait parks. A model checker is to see the parking.
+const SPINS: u32 = if cfg!(shuttle) { 1 } else { 100 };
 
 /// Resolves when no access uses any more what its step took away.
 ///
@@ -28,7 +33,7 @@ const RANGES: usize = 32;
 /// that began before the last of them did. A model answers its guest only then. It can be polled
 /// ([`Completion::is_complete`]), waited on ([`Completion::wait`]) or awaited (it is a [`Future`]); several merge
 /// into one. One that is dropped while pending is counted (see [`Iommu::dropped`](crate::Iommu::dropped)), and the
-/// step has happened all the same.
+/// step has happened all the same; a consumer that fails later is still fenced.
 #[must_use = "the guest may be answered only when this has resolved"]
 pub struct Completion(Option<Box<Work>>);
 
@@ -244,14 +249,14 @@ impl Completion {
             return Err(WaitError::HoldingGuard);
         }
         // Guards are short: most waits end here, without a system call.
-        for _ in 0..100 {
+        for _ in 0..SPINS {
             if self.is_complete() {
                 return Ok(());
             }
-            core::hint::spin_loop();
+            spin_loop();
         }
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
-        let waker = Waker::from(StdArc::new(Unpark(std::thread::current())));
+        let waker = Waker::from(StdArc::new(Unpark(current())));
         loop {
             if self.advance(Some(&waker)) {
                 return Ok(());
@@ -260,9 +265,9 @@ impl Completion {
                 return Err(WaitError::FenceFailed);
             }
             match deadline {
-                None => std::thread::park(),
+                None => park(),
                 Some(deadline) => match deadline.checked_duration_since(Instant::now()) {
-                    Some(left) if !left.is_zero() => std::thread::park_timeout(left),
+                    Some(left) if !left.is_zero() => park_timeout(left),
                     _ => return Err(WaitError::TimedOut(self.blockers())),
                 },
             }
@@ -270,7 +275,7 @@ impl Completion {
     }
 }
 
-struct Unpark(std::thread::Thread);
+struct Unpark(Thread);
 
 impl Wake for Unpark {
     fn wake(self: StdArc<Self>) {
@@ -341,7 +346,11 @@ impl Work {
                     for place in &self.places {
                         leases.extend(place.space.leases.meeting(&place.ranges, place.endpoint));
                     }
-                    leases.iter().for_each(|lent| lent.revoke());
+                    {
+                        // What its callback puts off runs behind it.
+                        let _scope = StepScope::enter();
+                        leases.iter().for_each(|lent| lent.revoke());
+                    }
                     self.phase = Phase::Leases(leases);
                 }
                 Phase::Leases(leases) => {
@@ -354,6 +363,13 @@ impl Work {
                     return true;
                 }
             }
+        }
+    }
+
+    /// Nobody will poll any more: each consumer is followed by itself.
+    fn abandon(&mut self) {
+        for (sub, waiting) in self.acks.drain(..) {
+            StdArc::new(Orphan { sub, waiting: StdMutex::new(waiting) }).settle();
         }
     }
 
@@ -382,6 +398,33 @@ impl Work {
     }
 }
 
+/// An ack whose completion was dropped: a consumer that fails is fenced all the same.
+struct Orphan {
+    sub: Arc<Sub>,
+    waiting: StdMutex<Waiting>,
+}
+
+impl Orphan {
+    fn settle(self: StdArc<Self>) {
+        let waker = Waker::from(self.clone());
+        let outcome = lock_std(&self.waiting).poll(Some(&waker));
+        if outcome == Some(false) {
+            // The alarm has been raised if that fails; there is nobody else to tell.
+            self.sub.fence("a call was answered with a failure");
+        }
+    }
+}
+
+impl Wake for Orphan {
+    fn wake(self: StdArc<Self>) {
+        if in_step() {
+            after_the_step(move || self.settle());
+        } else {
+            self.settle();
+        }
+    }
+}
+
 impl Drop for Work {
     fn drop(&mut self) {
         for place in &self.places {
@@ -404,6 +447,7 @@ impl Drop for Completion {
             after_the_step(move || drop(rest));
         } else if !self.advance(None) && !self.is_stuck() {
             dropped_pending();
+            self.0.as_mut().into_iter().for_each(|work| work.abandon());
         }
     }
 }

@@ -90,7 +90,8 @@ impl Entry {
         };
         #[cfg(not(all(target_arch = "x86_64", not(loom))))]
         let old = {
-            let old = self.slot.state.swap(self.seq | INSIDE, Ordering::Relaxed);
+            // Release: the accesses of a leaked guard, which this stay ends, come before whoever sees it.
+            let old = self.slot.state.swap(self.seq | INSIDE, Ordering::Release);
             fence(Ordering::SeqCst);
             old
         };

@@ -76,15 +76,19 @@ impl Space {
 
     /// Whether nobody is inside now: what has been published is seen by all who come.
     #[inline]
-    pub(crate) fn is_quiet(&self) -> bool {
+    fn is_quiet(&self) -> bool {
         let members = lock(&self.members);
         fence(Ordering::SeqCst);
         members.iter().all(|m| m.stay().is_none())
     }
 
-    /// Whether nobody is inside and no lease is out.
-    pub(crate) fn is_unused(&self) -> bool {
-        self.is_quiet() && self.leases.meeting(&[IovaRange::ALL], None).is_empty()
+    /// Whether nothing of `ranges`, which are gone from the record, is in use.
+    ///
+    /// The readers are looked at first: a lease is taken inside, so who is out has its lease in the set. The other way
+    /// round a reader could take a lease and leave between the two looks.
+    #[inline]
+    pub(crate) fn is_unused(&self, ranges: &[IovaRange]) -> bool {
+        self.is_quiet() && self.leases.meeting(ranges, None).is_empty()
     }
 
     /// Who is inside now, by name.

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::sync::{Arc, RwLock};
 
 use super::{Cuts, Hit, InsertError};
 use crate::addr::{Iova, IovaRange};
 use crate::mapping::Mapping;
+use std::sync::RwLock;
+
+use crate::sync::Arc;
 
 type Map = BTreeMap<u64, Mapping>;
 
