@@ -1,0 +1,76 @@
+//! Work in processes of their own, one after the other, each done once.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, bail};
+use clap::ValueEnum;
+
+use crate::load::Effort;
+use crate::work::{Figures, Who, Work};
+
+/// The subcommand that does one piece of work; nobody calls it but this program.
+pub(crate) const CELL: &str = "cell";
+
+/// What has been measured so far.
+pub(crate) struct Cells {
+    effort: Effort,
+    /// Names of figures wanted of the works that have several.
+    wanted: Vec<(Work, &'static str)>,
+    done: BTreeMap<(Work, Who), Option<Figures>>,
+    /// What could not be measured, and why.
+    pub(crate) missing: Vec<String>,
+}
+
+impl Cells {
+    pub(crate) fn new(effort: Effort, wanted: Vec<(Work, &'static str)>) -> Self {
+        Self { effort, wanted, done: BTreeMap::new(), missing: Vec::new() }
+    }
+
+    /// Our figures of a piece of work.
+    ///
+    /// # Errors
+    /// It has failed.
+    pub(crate) fn ours(&mut self, work: Work) -> anyhow::Result<&Figures> {
+        self.measure(work, Who::Viommu)?;
+        self.done.get(&(work, Who::Viommu)).and_then(Option::as_ref).context("it has been measured")
+    }
+
+    /// A peer's; `None` when it cannot be measured here, which has been said.
+    pub(crate) fn peer(&mut self, work: Work, who: Who) -> Option<&Figures> {
+        if let Err(error) = self.measure(work, who) {
+            let why = format!("{}: {error:#}", who.name());
+            if !self.missing.contains(&why) {
+                eprintln!("\n*** NOT MEASURED: {why}: its column stays empty ***\n");
+                self.missing.push(why);
+            }
+            self.done.insert((work, who), None);
+        }
+        self.done.get(&(work, who))?.as_ref()
+    }
+
+    fn measure(&mut self, work: Work, who: Who) -> anyhow::Result<()> {
+        if self.done.contains_key(&(work, who)) {
+            return Ok(());
+        }
+        let name = |value: &dyn Fn() -> Option<clap::builder::PossibleValue>| {
+            value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+        };
+        let work_name = name(&|| work.to_possible_value());
+        eprintln!("measuring {work_name} of {}", who.name());
+        let mut command = Command::new(env::current_exe()?);
+        command.args([CELL, &work_name, &name(&|| who.to_possible_value())]);
+        command.arg(name(&|| self.effort.to_possible_value()));
+        command.args(self.wanted.iter().filter(|(of, _)| *of == work).map(|(_, figure)| figure));
+        let output = command.stdin(Stdio::null()).output()?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            bail!("{}", said.trim().trim_start_matches("Error: "));
+        }
+        eprint!("{}", String::from_utf8_lossy(&output.stderr));
+        let figures = serde_json::from_slice(&output.stdout).context("the figures cannot be read")?;
+        self.done.insert((work, who), Some(figures));
+        Ok(())
+    }
+}
