@@ -223,7 +223,7 @@ impl<A: Address> TryFrom<(A, A)> for Span<A> {
     type Error = EmptyRange;
 
     fn try_from((start, last): (A, A)) -> Result<Self, EmptyRange> {
-        Self::new(start, last).ok_or(EmptyRange { start: start.raw(), last: last.raw() })
+        Self::new(start, last).ok_or_else(|| EmptyRange { start: start.raw(), last: last.raw() })
     }
 }
 

@@ -32,10 +32,10 @@ pub(crate) fn compare(mut due: Vec<Mapping>, mut held: Vec<Mapping>, exact: bool
     }
     // Two extents over one address are wrong whatever they say.
     for pair in held.windows(2) {
-        if let [a, b] = pair {
-            if a.range.overlaps(b.range) {
-                audit.extra.push(*b);
-            }
+        if let [a, b] = pair
+            && a.range.overlaps(b.range)
+        {
+            audit.extra.push(*b);
         }
     }
     audit

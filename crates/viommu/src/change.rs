@@ -38,7 +38,7 @@ impl Change {
 
     /// What was mapped before.
     #[must_use]
-    pub fn old(&self) -> Option<&Mapping> {
+    pub fn before(&self) -> Option<&Mapping> {
         match self {
             Self::Map { .. } => None,
             Self::Unmap { old } | Self::Replace { old, .. } => Some(old),
@@ -47,7 +47,7 @@ impl Change {
 
     /// What is mapped now.
     #[must_use]
-    pub fn new(&self) -> Option<&Mapping> {
+    pub fn after(&self) -> Option<&Mapping> {
         match self {
             Self::Map { new } | Self::Replace { new, .. } => Some(new),
             Self::Unmap { .. } => None,

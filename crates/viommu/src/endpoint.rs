@@ -32,6 +32,12 @@ impl EndpointId {
         Self { pasid: Some(pasid), ..self }
     }
 
+    /// What it is attached to when the guest has attached it to nothing: with a PASID nothing is seen then, since bypass
+    /// is for requests without one.
+    pub(crate) fn unattached(self) -> Option<View> {
+        self.pasid.map(|_| View::Blocked)
+    }
+
     /// One word that names it: 0 in the upper half for "no PASID".
     pub(crate) fn key(self) -> u64 {
         let pasid = self.pasid.map_or(0, |pasid| u64::from(pasid).wrapping_add(1));

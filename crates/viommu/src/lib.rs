@@ -15,6 +15,7 @@ mod iommu;
 pub mod mapping;
 mod quiesce;
 pub mod reader;
+pub mod state;
 pub mod subscribe;
 mod sync;
 mod table;
@@ -35,4 +36,5 @@ pub use iommu::{
 pub use mapping::{Access, Mapping, Target};
 pub use quiesce::completion::{Blocker, BlockerKind, Completion, WaitError};
 pub use reader::{Fault, FaultReason, Guard, Lease, Place, Reader, Translation};
+pub use state::{RestoreError, SaveError, Saved};
 pub use subscribe::{Interest, Kinds, Space};

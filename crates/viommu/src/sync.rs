@@ -30,6 +30,27 @@ pub(crate) use shuttle::{
     thread_local,
 };
 
+/// A counter of each thread: `const` where std's is used, which makes reading it one load.
+#[cfg(not(any(loom, shuttle)))]
+macro_rules! thread_counter {
+    ($name:ident) => {
+        std::thread_local! {
+            static $name: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
+        }
+    };
+}
+
+/// A counter of each thread.
+#[cfg(any(loom, shuttle))]
+macro_rules! thread_counter {
+    ($name:ident) => {
+        $crate::sync::thread_local! {
+            static $name: std::cell::Cell<u32> = std::cell::Cell::new(0);
+        }
+    };
+}
+pub(crate) use thread_counter;
+
 /// Locks, and says what a poisoned lock means here.
 ///
 /// Only a subscriber's own code can panic under a lock of the core. What it did half-way is unknown, so going on

@@ -3,6 +3,7 @@
 use crate::ack::Ack;
 use crate::addr::{Iova, IovaRange};
 use crate::deliver::{Counts, Sub};
+use crate::endpoint::EndpointShared;
 use crate::mapping::{Access, Mapping};
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
@@ -14,6 +15,8 @@ use crate::sync::{Arc, Mutex, lock};
 pub(crate) struct CacheSeat {
     pub(crate) sub: Arc<Sub>,
     pub(crate) interest: Interest,
+    /// What it fills from, when it follows no endpoint.
+    pub(crate) own: Option<Arc<EndpointShared>>,
     channel: Mutex<Channel>,
 }
 
@@ -24,9 +27,17 @@ struct Channel {
 }
 
 impl CacheSeat {
-    pub(crate) fn new(sub: Arc<Sub>, interest: Interest, cache: Box<dyn Cache>, reader: Reader) -> Arc<Self> {
+    /// A cache that fills from `shared`: its endpoint's, or one of its own.
+    pub(crate) fn new(
+        sub: Arc<Sub>,
+        interest: Interest,
+        cache: Box<dyn Cache>,
+        shared: &Arc<EndpointShared>,
+    ) -> Arc<Self> {
+        let reader = Reader::new(shared, &format!("cache {}", sub.id()));
+        let own = shared.id.is_none().then(|| shared.clone());
         let channel = Mutex::new(Channel { cache, reader, counts: Counts::default() });
-        Arc::new(Self { sub, interest, channel })
+        Arc::new(Self { sub, interest, own, channel })
     }
 
     /// Tells it to drop what it holds inside `range` (the domain's addresses). Removals are published before.

@@ -47,7 +47,9 @@ impl Lens {
     pub(crate) fn identity_clip(&self, regions: &[Region]) -> Vec<IovaRange> {
         let mut parts: Vec<IovaRange> = Vec::new();
         for aperture in &self.reach.apertures {
-            let Some(aperture) = self.interest.inward(*aperture) else { continue };
+            // Inside the window, which does not wrap with the offset.
+            let seen = aperture.intersect(self.interest.outward(self.interest.window));
+            let Some(aperture) = seen.and_then(|seen| self.interest.inward(seen)) else { continue };
             let mut at = Some(aperture.start());
             for region in regions.iter().filter(|r| r.range.overlaps(aperture)) {
                 let before = region.range.start().0.checked_sub(1).map(Iova);

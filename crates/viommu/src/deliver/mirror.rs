@@ -4,6 +4,7 @@ use crate::ack::Ack;
 use crate::addr::{Iova, IovaRange};
 use crate::deliver::lens::Lens;
 use crate::deliver::{Counts, Sub};
+use crate::domain::SCRATCH;
 use crate::domain::dirty::{DirtyLog, note_dirty};
 use crate::mapping::{Mapping, Target};
 use crate::quiesce::completion::Completion;
@@ -261,6 +262,8 @@ impl MirrorSeat {
         extents.clear();
         pieces.iter().filter(|p| self.is_behind(p)).for_each(|p| self.lens.extents(p, &mut extents));
         let outcome = self.remove_extents(&extents, done, dirty);
+        extents.clear();
+        extents.shrink_to(SCRATCH);
         self.scratch = extents;
         outcome
     }

@@ -5,8 +5,8 @@ use crate::addr::IovaRange;
 use crate::change::Change;
 use crate::deliver::backed;
 use crate::deliver::mirror::{AddError, MirrorSeat};
-use crate::domain::exchange;
 use crate::domain::inner::{DomainInner, DomainState};
+use crate::domain::{SCRATCH, exchange};
 use crate::error::{Cap, Incident, StepErrorKind};
 use crate::mapping::Mapping;
 use crate::quiesce::completion::Completion;
@@ -124,6 +124,7 @@ impl DomainInner {
                 debug_assert_eq!(there, Ok(()), "reserved and free");
             }
         });
+        state.writer.give_up();
         give_back(now.len());
         state.commit(done);
         if !plan.removed.is_empty() {
@@ -139,13 +140,16 @@ impl DomainInner {
         if !plan.added.is_empty() && state.seats.mirrors.iter().any(|seat| !seat.lens.plain) {
             self.check_reach(state, plan)?;
         }
-        let reserve = |state: &mut DomainState, list: &[Mapping]| {
-            state.writer.reserve(list).map_err(|_| StepErrorKind::Cap(Cap::TableBytes))
-        };
-        if !plan.fallback.is_empty() && plan.fallback.len() >= plan.added.len() {
-            reserve(state, plan.fallback)?;
+        if plan.added.is_empty() {
+            return Ok(());
         }
-        if plan.added.is_empty() { Ok(()) } else { reserve(state, plan.added) }
+        let reserved = if plan.fallback.is_empty() || plan.fallback == plan.added {
+            state.writer.reserve(plan.added)
+        } else {
+            // Either of the two will be inserted.
+            state.writer.reserve(&[plan.added, plan.fallback].concat())
+        };
+        reserved.map_err(|_| StepErrorKind::Cap(Cap::TableBytes))
     }
 
     /// Everything that a mirror can be known to refuse is refused here, before anything is published. Where the guest
@@ -208,6 +212,8 @@ impl DomainInner {
                     self.fence_seat(seat, &failure, done);
                 }
             }
+            pieces.clear();
+            pieces.shrink_to(SCRATCH);
             state.pieces = pieces;
         }
     }

@@ -68,11 +68,10 @@ pub(crate) fn mark(bitmap: &DirtyBitmap, mapping: &Mapping, set: &mut GpaSet) ->
             let start = u128::from(bitmap.start.0) + (at as u128 * 64 + u128::from(bit)) * page;
             let Ok(start) = u64::try_from(start) else { return pages };
             let Some(range) = IovaRange::from_len(Iova(start), bitmap.page_size) else { continue };
-            if let Some(written) = mapping.clip(range) {
-                if let Some(range) = GpaRange::new(written.gpa, written.gpa_last()) {
-                    set.insert(range);
-                    pages += 1;
-                }
+            let written = mapping.clip(range).and_then(|m| GpaRange::new(m.gpa, m.gpa_last()));
+            if let Some(written) = written {
+                set.insert(written);
+                pages += 1;
             }
         }
     }

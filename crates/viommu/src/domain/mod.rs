@@ -25,6 +25,9 @@ use crate::sync::{Arc, MutexGuard, lock};
 pub use inner::Tables;
 pub use sync::{Progress, Walk};
 
+/// Mappings that a scratch list keeps room for between steps.
+pub(crate) const SCRATCH: usize = 1024;
+
 /// One I/O address space of the guest: a set of disjoint mappings. A handle; clones name the same domain.
 ///
 /// Every method that changes something is one *step*: atomic, and in one order for all subscribers. Steps of one
@@ -122,7 +125,6 @@ impl Domain {
     }
 
     /// Several changes as one step: collect them, then [`Batch::commit`].
-    #[must_use]
     pub fn batch(&self) -> Batch<'_> {
         Batch { domain: self, ops: Vec::new() }
     }
@@ -143,7 +145,7 @@ impl Domain {
     /// For tables in guest memory while no mirror listens; with a mirror it takes [`Domain::sync`].
     ///
     /// # Errors
-    /// [`StepErrorKind::WrongKind`] while a mirror listens or the record is not empty.
+    /// [`StepErrorKind::WrongKind`] while a mirror listens, or where the record is viommu's own.
     pub fn invalidate(&self, range: IovaRange) -> Result<Completion, StepError> {
         self.one_step(|domain, state, done| {
             if state.seats.mirrors.iter().any(|seat| seat.is_live()) {
@@ -152,6 +154,8 @@ impl Domain {
             if domain.walker.is_none() {
                 return Err(StepErrorKind::WrongKind("the record is viommu's own: say what changed"));
             }
+            // What a mirror that has left was told there is not known to be true any more.
+            domain.run(state, &[Op::Unmap(range)], true, done)?;
             domain.tell_caches(state, &[range], done);
             domain.note_removal(&[range], false, done);
             Ok(())
@@ -373,6 +377,8 @@ impl DomainInner {
             }
             _ => Ok(()),
         };
+        removed.clear();
+        removed.shrink_to(SCRATCH);
         state.removed = removed;
         outcome.map(|()| count)
     }

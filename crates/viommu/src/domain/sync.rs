@@ -129,8 +129,8 @@ fn gather(
             // The guest's extents under ours are walked next; ours only has to be covered whole.
             last = last.max(m.range.last());
             if theirs.is_none_or(|t| t.range.start() > nearest) {
-                let stop = theirs.map_or(m.range.last(), |t| Iova(t.range.start().0.wrapping_sub(1)));
-                end = end.max(m.range.last().min(stop));
+                let stop = theirs.map(|t| Iova(t.range.start().0.wrapping_sub(1)));
+                end = end.max(stop.map_or_else(|| m.range.last(), |stop| stop.min(m.range.last())));
             }
         }
         seen = seen.saturating_add(1);

@@ -279,7 +279,7 @@ impl Unit {
             new.serve(&member.shared);
         }
         if let Ack::Pending(waiting) = ack {
-            let speaker = new.as_ref().or(old.as_ref().map(|(_, sub)| sub));
+            let speaker = new.as_ref().or_else(|| old.as_ref().map(|(_, sub)| sub));
             if let Some(sub) = speaker {
                 done.add_ack(sub, waiting);
             }

@@ -7,6 +7,7 @@ use crate::backing::{Backing, Extent, Medium};
 use crate::deliver::backed;
 use crate::domain::inner::DomainInner;
 use crate::domain::plan::Op;
+use crate::endpoint::Sight;
 use crate::error::{StepError, StepErrorKind};
 use crate::iommu::Iommu;
 use crate::iommu::unit::Control;
@@ -78,10 +79,6 @@ impl Iommu {
         let gone = identity.run(&mut state, &[Op::Unmap(identity_of(extent).range)], false, &mut done);
         state.backing = backing;
         drop(state);
-        // Whatever was mapped to it may be in use by anybody.
-        for domain in control.spaces() {
-            done.add_removal(&domain.readers, None, &[IovaRange::ALL]);
-        }
         match gone {
             Ok(()) => Ok(done),
             Err(kind) => Err(StepError { kind, completion: done }),
@@ -104,7 +101,14 @@ fn identity_of(extent: Extent) -> Mapping {
 fn publish(control: &mut Control, backing: &Arc<Backing>) {
     control.backing = backing.clone();
     for member in control.endpoints.values() {
-        member.shared.publish(|sight| crate::endpoint::Sight { backing: backing.clone(), ..sight.copy() });
+        member.shared.publish(|sight| Sight { backing: backing.clone(), ..sight.copy() });
+    }
+    for domain in control.spaces() {
+        for cache in &lock(&domain.state).seats.caches {
+            if let Some(own) = &cache.own {
+                own.publish(|sight| Sight { backing: backing.clone(), ..sight.copy() });
+            }
+        }
     }
 }
 
@@ -122,6 +126,12 @@ fn change_backing(domain: &DomainInner, backing: &Arc<Backing>, gpas: GpaRange, 
         ControlFlow::Continue(())
     });
     let _callback = CallbackScope::enter();
+    let mut ranges: Vec<IovaRange> = touched.iter().map(|m| m.range).collect();
+    if domain.walker.is_some() {
+        // The record need not tell all that the guest maps there.
+        ranges = vec![IovaRange::ALL];
+        state.seats.caches.iter().for_each(|cache| cache.invalidate(IovaRange::ALL, done));
+    }
     for m in touched {
         state.seats.caches.iter().for_each(|cache| cache.invalidate(m.range, done));
         let (mut old, mut new) = (Vec::new(), Vec::new());
@@ -129,15 +139,13 @@ fn change_backing(domain: &DomainInner, backing: &Arc<Backing>, gpas: GpaRange, 
         backed(backing, &m, &mut |piece| new.push(*piece));
         for seat in state.seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
             // Piece by piece: the extents of neighbours stay (I13).
-            let gone = old.iter().filter(|p| !new.contains(p));
+            let mut gone = old.iter().filter(|p| !new.contains(p));
+            let mut came = new.iter().filter(|p| !old.contains(p));
             let outcome = gone
-                .map(|piece| seat.remove(core::slice::from_ref(piece), done, &mut state.dirty))
-                .collect::<Result<(), _>>()
+                .try_for_each(|piece| seat.remove(core::slice::from_ref(piece), done, &mut state.dirty))
                 .and_then(|()| {
-                    let came = new.iter().filter(|p| !old.contains(p));
-                    came.map(|piece| seat.add(piece, done))
-                        .collect::<Result<(), _>>()
-                        .map_err(|error| format!("backing of {}: {error:?}", m.range))
+                    let added = came.try_for_each(|piece| seat.add(piece, done));
+                    added.map_err(|error| format!("backing of {}: {error:?}", m.range))
                 });
             if let Err(why) = outcome {
                 domain.fence_seat(seat, &why, done);
@@ -145,4 +153,7 @@ fn change_backing(domain: &DomainInner, backing: &Arc<Backing>, gpas: GpaRange, 
         }
     }
     state.commit(done);
+    if !ranges.is_empty() {
+        domain.note_removal(&ranges, false, done);
+    }
 }

@@ -61,7 +61,7 @@ impl Iommu {
             }
         }
         for group in sets_of(&control, &attached) {
-            let moves: Vec<_> = group.iter().map(|id| (*id, None)).collect();
+            let moves: Vec<_> = group.iter().map(|id| (*id, id.unattached())).collect();
             match self.unit.move_all(&mut control, &moves) {
                 Ok(completion) => done.merge(completion),
                 Err(error) => {
@@ -77,10 +77,10 @@ impl Iommu {
         }
         let domains: Vec<u32> = control.domains.keys().copied().collect();
         for id in domains {
-            if control.endpoints_in(id).next().is_none() {
-                if let Some(completion) = self.unit.destroy_domain(&mut control, id) {
-                    done.merge(completion);
-                }
+            if control.endpoints_in(id).next().is_none()
+                && let Some(completion) = self.unit.destroy_domain(&mut control, id)
+            {
+                done.merge(completion);
             }
         }
         match refused {
@@ -122,8 +122,7 @@ impl Unit {
             }
         }
         let regions = regions.into();
-        // What an unattached requester sees with a PASID is nothing: bypass is for requests without one.
-        let attached = id.pasid.map(|_| View::Blocked);
+        let attached = id.unattached();
         let domain = control.space_of(attached.unwrap_or_else(|| control.default_view()))?;
         let sight = control.sight(Some(id), &regions, self.config.faults.as_ref(), domain);
         let shared = EndpointShared::new(Some(id), sight);
@@ -179,6 +178,19 @@ impl Unit {
                 member.set = Some(set);
             }
         }
+        // A mirror of one is the host's hold on all of them.
+        let shared: Vec<_> =
+            ids.iter().filter_map(|id| Some((*id, control.endpoints.get(id)?.shared.clone()))).collect();
+        let serve = |seats: &Seats| {
+            for seat in &seats.mirrors {
+                let follows = seat.sub.endpoint();
+                if follows.is_some_and(|id| ids.contains(&id)) {
+                    shared.iter().filter(|(id, _)| Some(*id) != follows).for_each(|(_, s)| seat.sub.serve(s));
+                }
+            }
+        };
+        control.spaces().for_each(|domain| serve(&lock(&domain.state).seats));
+        control.endpoints.values().for_each(|member| serve(&member.parked));
         Ok(())
     }
 

@@ -283,7 +283,7 @@ impl Endpoint {
                 **id != self.id && id.requester == self.id.requester && member.attached.is_some()
             });
             let pasids = pasids.filter(|_| self.id.pasid.is_none()).map(|(id, _)| (*id, Some(View::Blocked)));
-            pasids.chain([(self.id, None)]).collect()
+            pasids.chain([(self.id, self.id.unattached())]).collect()
         };
         self.iommu.set_views(&moves)
     }

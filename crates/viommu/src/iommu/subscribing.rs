@@ -16,7 +16,7 @@ use crate::iommu::{Endpoint, Iommu};
 use crate::mapping::{Access, Mapping};
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::{CallbackScope, StepScope, after_the_step, in_callback};
-use crate::reader::{Fault, FaultReason, Reader};
+use crate::reader::{Fault, FaultReason};
 use crate::subscribe::{Binding, Cache, Interest, Kinds, Mirror, Observer, Reach, Space};
 use crate::sync::{Arc, lock};
 
@@ -302,8 +302,7 @@ impl Unit {
                         EndpointShared::new(None, sight)
                     }
                 };
-                let reader = Reader::new(&shared, &format!("cache {}", sub.id()));
-                let seat = CacheSeat::new(sub.clone(), interest, cache, reader);
+                let seat = CacheSeat::new(sub.clone(), interest, cache, &shared);
                 cache_seat = Some(seat.clone());
                 seats.caches.push(seat);
             }
@@ -312,9 +311,12 @@ impl Unit {
                 seats.observers.push(ObserverSeat { sub: sub.clone(), interest, observer, counts });
             }
         }
-        if let Some(shared) = &shared {
-            sub.serve(shared);
-        }
+        let set = sub.endpoint().and_then(|id| control.endpoints.get(&id)).and_then(|member| member.set);
+        let together = control
+            .endpoints
+            .iter()
+            .filter(|(id, m)| Some(**id) == sub.endpoint() || (set.is_some() && m.set == set));
+        together.for_each(|(_, member)| sub.serve(&member.shared));
         let mut done = Completion::ready();
         match (&domain, home) {
             (Some(domain), _) => {
@@ -352,10 +354,10 @@ impl Unit {
             seats = leave_one(domain, id, &mut done);
             let now = lock(&domain.state).seats.wanted();
             let _ = self.ask_producer(domain.space, before, now); // cannot be refused
-        } else if let Home::Endpoint(endpoint) = home {
-            if let Some(member) = control.endpoints.get_mut(&endpoint) {
-                seats = member.parked.take(id);
-            }
+        } else if let Home::Endpoint(endpoint) = home
+            && let Some(member) = control.endpoints.get_mut(&endpoint)
+        {
+            seats = member.parked.take(id);
         }
         drop(control);
         let _callback = CallbackScope::enter();

@@ -4,13 +4,13 @@
 
 use std::cell::{Cell, RefCell};
 
-use crate::sync::thread_local;
+use crate::sync::{thread_counter, thread_local};
 
 type Later = Box<dyn FnOnce()>;
 
+thread_counter!(STEPS);
+thread_counter!(CALLBACKS);
 thread_local! {
-    static STEPS: Cell<u32> = Cell::new(0);
-    static CALLBACKS: Cell<u32> = Cell::new(0);
     static LATER: RefCell<Vec<Later>> = RefCell::new(Vec::new());
 }
 

@@ -8,17 +8,15 @@ use std::cell::Cell;
 
 #[cfg(not(all(target_arch = "x86_64", not(loom))))]
 use crate::sync::fence;
-use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock, thread_local};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock, thread_counter};
 
 const INSIDE: u64 = 1;
 /// Set by a waiter, only on a word that is INSIDE; the leaver sees it in its swap.
 const WAIT: u64 = 2;
 const STEP: u64 = 4;
 
-thread_local! {
-    /// Guards that this thread holds, of any endpoint.
-    static HELD: Cell<u32> = Cell::new(0);
-}
+// Guards that this thread holds, of any endpoint.
+thread_counter!(HELD);
 
 /// Whether this thread holds a guard of any endpoint.
 pub(crate) fn thread_holds_a_guard() -> bool {

@@ -7,7 +7,6 @@ use std::sync::{Arc, RwLock};
 use super::{Cuts, Hit, InsertError, NoMemory};
 use crate::addr::{Iova, IovaRange};
 use crate::mapping::Mapping;
-use crate::quiesce::space::Space;
 
 type Map = BTreeMap<u64, Mapping>;
 
@@ -17,23 +16,10 @@ pub(crate) struct Table(RwLock<Map>);
 /// What the domain changes, under its own lock.
 pub(crate) struct Writer(Arc<Table>);
 
-/// No cap here.
-pub(crate) struct Arena;
-
-impl Arena {
-    pub(crate) fn new(_bytes: u64) -> Result<Arc<Self>, NoMemory> {
-        Ok(Arc::new(Self))
-    }
-
-    pub(crate) fn used(&self) -> u64 {
-        0
-    }
-}
-
 impl Table {
-    pub(crate) fn new(_arena: &Arc<Arena>, _readers: Arc<Space>) -> Result<(Arc<Self>, Writer), NoMemory> {
+    pub(crate) fn new() -> (Arc<Self>, Writer) {
         let table = Arc::new(Self(RwLock::new(Map::new())));
-        Ok((table.clone(), Writer(table)))
+        (table.clone(), Writer(table))
     }
 
     /// To be called under a guard, or under the writer's lock.
@@ -101,15 +87,6 @@ impl Writer {
             count += 1;
         }
         Ok(count)
-    }
-
-    /// As [`Writer::remove`], without telling.
-    pub(crate) fn remove_all_in(&mut self, range: IovaRange) -> Result<usize, Cuts> {
-        self.remove(range, &mut |_| {})
-    }
-
-    pub(crate) fn bytes(&self) -> u64 {
-        0
     }
 
     /// Mappings in the record.
