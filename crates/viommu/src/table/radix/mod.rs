@@ -75,7 +75,6 @@ pub(crate) struct Writer {
 
 impl Table {
     /// An empty record in `arena`, whose readers are those of `space`.
-    #[expect(clippy::new_ret_no_self, reason = "a record has two ends")]
     pub(crate) fn new(arena: &Arc<Arena>, space: Arc<Space>) -> Result<(Arc<Self>, Writer), NoMemory> {
         let mut slab = Slab::new(arena.clone());
         let root = slab.alloc(Kind::Table)?;
