@@ -82,6 +82,17 @@ pub(crate) fn pin(cpu: Option<usize>) {
     }
 }
 
+/// Comes before other work on the machine, where that is allowed: what two threads do to each other is wall clock.
+pub(crate) fn come_first() {
+    let _ = rustix::process::setpriority_process(None, -10);
+}
+
+/// Processes that wanted to run in the last minute, on average.
+pub(crate) fn load() -> Option<f64> {
+    let text = std::fs::read_to_string("/proc/loadavg").ok()?;
+    text.split(' ').next()?.parse().ok()
+}
+
 /// Bytes of memory that this process has resident.
 pub(crate) fn resident() -> f64 {
     let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();

@@ -55,6 +55,11 @@ fn main() -> anyhow::Result<ExitCode> {
         println!("{}", serde_json::to_string(&work::run(work, who, effort, &figures)?)?);
         return Ok(ExitCode::SUCCESS);
     }
+    if let Some(load) = clock::load()
+        && load > 0.5
+    {
+        eprintln!("note: other work is running (load {load}): what needs two CPUs is slower than it is");
+    }
     let effort = match (options.smoke, options.quick) {
         (true, _) => Effort::Smoke,
         (false, true) => Effort::Quick,

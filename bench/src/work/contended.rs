@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use viommu::Domain;
 
-use crate::clock::{percentile, pin, sample, two_cpus};
+use crate::clock::{come_first, percentile, pin, sample, two_cpus};
 use crate::load::{Effort, PAGE, Random, gpa, iova};
 use crate::ours::{self, BATCH, Ours};
 use crate::table::Table;
@@ -156,6 +156,7 @@ impl Churn<'_> {
 
 /// Ours: each unmap waits by itself, then 16 share a Completion, then a round in which lookups are timed.
 pub(crate) fn ours(effort: Effort) -> anyhow::Result<Figures> {
+    come_first();
     let mut figures = Figures::new();
     let mut unit = Ours::new()?;
     let count = effort.small();
@@ -211,6 +212,7 @@ pub(crate) fn ours(effort: Effort) -> anyhow::Result<Figures> {
 
 /// A peer whose lock lets both threads in by turns.
 pub(crate) fn locked<T: Table + Clone + Send + Sync>(effort: Effort) -> anyhow::Result<Figures> {
+    come_first();
     let mut figures = Figures::new();
     let mut table = T::new()?;
     let count = effort.small();
