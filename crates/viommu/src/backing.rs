@@ -66,17 +66,10 @@ impl Backing {
             .take_while(move |e| e.range.start() <= range.last())
     }
 
-    /// The extent that holds `gpa`; `hint` is where the last one was.
+    /// The extent that holds `gpa`.
     #[inline]
-    pub(crate) fn at(&self, gpa: Gpa, hint: &core::cell::Cell<usize>) -> Option<&Extent> {
-        match self.extents.get(hint.get()) {
-            Some(e) if e.range.contains(gpa) => Some(e),
-            _ => {
-                let at = self.from(gpa);
-                hint.set(at);
-                self.extents.get(at).filter(|e| e.range.contains(gpa))
-            }
-        }
+    pub(crate) fn at(&self, gpa: Gpa) -> Option<&Extent> {
+        self.extents.get(self.from(gpa)).filter(|e| e.range.contains(gpa))
     }
 }
 
@@ -110,13 +103,13 @@ mod tests {
     }
 
     #[test]
-    fn at_finds_with_a_stale_hint() {
+    fn at_finds_what_holds_an_address() {
         let mut b = Backing::default();
         b.add(ram(0, 0xfff));
         b.add(ram(0x2000, 0x2fff));
-        let hint = core::cell::Cell::new(7);
-        assert_eq!(b.at(Gpa(0x2fff), &hint).unwrap().range.start(), Gpa(0x2000));
-        assert!(b.at(Gpa(0x1000), &hint).is_none());
-        assert_eq!(b.at(Gpa(0), &hint).unwrap().range.start(), Gpa(0));
+        assert_eq!(b.at(Gpa(0x2fff)).unwrap().range.start(), Gpa(0x2000));
+        assert!(b.at(Gpa(0x1000)).is_none());
+        assert!(b.at(Gpa(0x3000)).is_none());
+        assert_eq!(b.at(Gpa(0)).unwrap().range.start(), Gpa(0));
     }
 }

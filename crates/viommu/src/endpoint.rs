@@ -2,12 +2,13 @@
 
 use core::fmt;
 
-use crate::addr::{Iova, IovaRange};
+use crate::addr::IovaRange;
 use crate::backing::Backing;
 use crate::domain::inner::DomainInner;
 use crate::quiesce::slot::Slot;
 use crate::reader::FaultSink;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
+use crate::table::Table;
 
 /// A DMA master: a requester id (a PCI function's bus, device and function, say), optionally with a PASID.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -102,10 +103,12 @@ pub(crate) struct Sight {
     pub(crate) endpoint: Option<EndpointId>,
     pub(crate) domain: Option<Arc<DomainInner>>,
     pub(crate) backing: Arc<Backing>,
+    /// The domain's record, where it is what counts.
+    pub(crate) table: Option<Arc<Table>>,
     /// Ascending, disjoint.
     pub(crate) regions: Arc<[Region]>,
-    /// The last address of the last region: above it there is nothing to check.
-    pub(crate) regions_last: Option<Iova>,
+    /// Below this address regions must be looked at; above it there are none.
+    pub(crate) clear_from: u64,
     pub(crate) faults: Option<Arc<dyn FaultSink>>,
     pub(crate) fenced: bool,
 }
@@ -126,7 +129,8 @@ pub(crate) struct EndpointShared {
 struct Line<T>(T);
 
 impl EndpointShared {
-    pub(crate) fn new(id: Option<EndpointId>, sight: Sight) -> Arc<Self> {
+    pub(crate) fn new(id: Option<EndpointId>, mut sight: Sight) -> Arc<Self> {
+        sight.settle();
         Arc::new(Self {
             id,
             generation: Line(AtomicU64::new(1)),
@@ -170,9 +174,7 @@ impl EndpointShared {
         let slots = self.slots();
         let old = lock(&self.sight).clone();
         let mut new = change(&old);
-        if new.fenced {
-            new.domain = None;
-        }
+        new.settle();
         let new = Arc::new(new);
         let moved = match (&old.domain, &new.domain) {
             (None, None) => false,
@@ -191,6 +193,17 @@ impl EndpointShared {
 }
 
 impl Sight {
+    /// Makes what is derived from the rest true again.
+    pub(crate) fn settle(&mut self) {
+        if self.fenced {
+            self.domain = None;
+        }
+        let own = self.domain.as_ref().filter(|domain| domain.walker.is_none());
+        self.table = own.map(|domain| domain.table.clone());
+        // The very last address counts as below: it has no address behind it.
+        self.clear_from = self.regions.last().map_or(0, |region| region.range.last().0.saturating_add(1));
+    }
+
     /// The same, with another address space.
     pub(crate) fn moved_to(&self, domain: Option<Arc<DomainInner>>) -> Self {
         Self { domain, ..self.copy() }
@@ -202,7 +215,8 @@ impl Sight {
             domain: self.domain.clone(),
             backing: self.backing.clone(),
             regions: self.regions.clone(),
-            regions_last: self.regions_last,
+            table: self.table.clone(),
+            clear_from: self.clear_from,
             faults: self.faults.clone(),
             fenced: self.fenced,
         }

@@ -116,6 +116,19 @@ pub struct Reader {
     shared: Arc<EndpointShared>,
     seen: u64,
     sight: Arc<Sight>,
+    /// The RAM that the last answer lay in: most lie in the same. Empty after a change of sight.
+    near: Cell<Near>,
+}
+
+/// An extent of RAM. The last byte of one of 2^64 bytes is not in it, and takes the other way.
+#[derive(Clone, Copy)]
+struct Near {
+    start: u64,
+    bytes: u64,
+}
+
+impl Near {
+    const NOWHERE: Self = Self { start: 0, bytes: 0 };
 }
 
 impl Reader {
@@ -124,7 +137,7 @@ impl Reader {
         let entry = Entry::new(label, shared.id.map_or(u64::MAX, EndpointId::key));
         shared.add_slot(entry.slot());
         let (seen, sight) = shared.sight();
-        Self { entry, shared: shared.clone(), seen, sight }
+        Self { entry, shared: shared.clone(), seen, sight, near: Cell::new(Near::NOWHERE) }
     }
 
     /// Starts a batch of accesses. What is translated under the guard may be used until it is dropped, and an unmap
@@ -136,12 +149,13 @@ impl Reader {
         if self.shared.generation() != self.seen {
             self.refresh();
         }
-        Guard { reader: self, hint: Cell::new(0), not_send: PhantomData }
+        Guard { reader: self, not_send: PhantomData }
     }
 
     #[cold]
     fn refresh(&mut self) {
         (self.seen, self.sight) = self.shared.sight();
+        self.near.set(Near::NOWHERE);
     }
 
     /// The endpoint that it reads for.
@@ -161,7 +175,6 @@ impl fmt::Debug for Reader {
 /// deadlock.
 pub struct Guard<'r> {
     reader: &'r mut Reader,
-    hint: Cell<usize>,
     not_send: PhantomData<*const ()>,
 }
 
@@ -188,10 +201,30 @@ impl Guard<'_> {
     /// As [`Guard::translate`].
     #[inline]
     pub fn probe(&self, iova: Iova, access: Access) -> Result<Translation, Fault> {
-        if self.reader.shared.generation() != self.reader.seen {
-            return self.moved().translate(iova, access, &self.hint);
+        let reader = &*self.reader;
+        if reader.shared.generation() == reader.seen
+            && let Some(found) = reader.sight.memory(iova, access, reader.near.get())
+        {
+            return Ok(found);
         }
-        self.reader.sight.translate(iova, access, &self.hint)
+        self.probe_slowly(iova, access)
+    }
+
+    /// Everything that is not memory near the last answer.
+    #[inline(never)]
+    fn probe_slowly(&self, iova: Iova, access: Access) -> Result<Translation, Fault> {
+        let reader = &*self.reader;
+        if reader.shared.generation() != reader.seen {
+            return self.moved().translate(iova, access);
+        }
+        let answer = reader.sight.translate(iova, access)?;
+        if answer.place == Place::Ram
+            && let Some(extent) = reader.sight.backing.at(answer.gpa)
+        {
+            let bytes = u64::try_from(extent.range.bytes()).unwrap_or(u64::MAX);
+            reader.near.set(Near { start: extent.range.start().0, bytes });
+        }
+        Ok(answer)
     }
 
     /// The endpoint has moved in the middle of this batch: the new view counts from now on.
@@ -238,19 +271,19 @@ impl Guard<'_> {
         access: Access,
         pieces: &mut Vec<Translation>,
     ) -> Result<(), Fault> {
-        let first = sight.translate(range.start(), access, &self.hint)?;
+        let first = sight.translate(range.start(), access)?;
         if first.last >= range.last() {
             pieces.push(Translation { last: range.last(), ..first });
             return Ok(());
         }
-        let Some(domain) = &sight.domain else { return sight.collect(range, access, &self.hint, pieces) };
+        let Some(domain) = &sight.domain else { return sight.collect(range, access, pieces) };
         let before = pieces.len();
         // Churn of other pages alone makes a try fail; some tries are cheaper than the lock.
         for _ in 0..16 {
             let version = domain.version.load(Ordering::Acquire);
             if version & 1 == 0 {
                 pieces.truncate(before);
-                let outcome = sight.collect(range, access, &self.hint, pieces);
+                let outcome = sight.collect(range, access, pieces);
                 fence(Ordering::Acquire);
                 if domain.version.load(Ordering::Relaxed) == version {
                     return outcome;
@@ -261,15 +294,15 @@ impl Guard<'_> {
         pieces.truncate(before);
         if crate::quiesce::scope::in_callback() {
             // This thread is the step that holds the lock: nothing changes while it looks.
-            return sight.collect(range, access, &self.hint, pieces);
+            return sight.collect(range, access, pieces);
         }
         let _still = lock(&domain.state);
-        sight.collect(range, access, &self.hint, pieces)
+        sight.collect(range, access, pieces)
     }
 
     /// The linear extent around `iova`, as far as one lookup tells, with its true permission: what a cache may hold.
     pub(crate) fn extent(&self, iova: Iova, access: Access) -> Result<Mapping, Fault> {
-        self.sight().extent(iova, access, &self.hint)
+        self.sight().extent(iova, access)
     }
 
     pub(crate) fn fault(&self, iova: Iova, access: Access) -> Fault {
@@ -358,10 +391,30 @@ impl Sight {
         hit.ok_or(FaultReason::Unmapped)
     }
 
-    #[inline]
-    fn translate(&self, iova: Iova, access: Access, hint: &Cell<usize>) -> Result<Translation, Fault> {
+    /// What is RAM inside `near`, above all regions, in viommu's own record; `None`: look properly.
+    #[inline(always)]
+    fn memory(&self, iova: Iova, access: Access, near: Near) -> Option<Translation> {
+        let table = self.table.as_ref()?;
+        if iova.0 < self.clear_from || self.clear_from == u64::MAX {
+            return None;
+        }
+        let leaf = table.leaf(iova);
+        if !leaf.is_memory_for(access) {
+            return None;
+        }
+        let gpa = leaf.gpa(iova);
+        let inside = gpa.0.wrapping_sub(near.start);
+        if inside >= near.bytes {
+            return None;
+        }
+        let left = leaf.left(iova).min(near.bytes - inside - 1);
+        let last = Iova(iova.0.wrapping_add(left));
+        Some(Translation { gpa, last, access: leaf.access(), place: Place::Ram })
+    }
+
+    fn translate(&self, iova: Iova, access: Access) -> Result<Translation, Fault> {
         let mut stop = u64::MAX;
-        if self.regions_last.is_some_and(|last| iova <= last) {
+        if iova.0 < self.clear_from || self.clear_from == u64::MAX {
             match self.region(iova, access) {
                 Ok(Some(msi)) => return Ok(msi),
                 Ok(None) => stop = self.next_region(iova),
@@ -377,7 +430,7 @@ impl Sight {
             let reason = if none { FaultReason::Unmapped } else { FaultReason::Permission };
             return Err(self.fault(iova, access, reason));
         }
-        let Some(extent) = self.backing.at(hit.gpa, hint) else {
+        let Some(extent) = self.backing.at(hit.gpa) else {
             return Err(self.fault(iova, access, FaultReason::NoBacking));
         };
         let (place, allowed) = match (extent.medium, hit.target) {
@@ -412,16 +465,10 @@ impl Sight {
         next.map_or(u64::MAX, |start| start.0.wrapping_sub(1))
     }
 
-    fn collect(
-        &self,
-        range: IovaRange,
-        access: Access,
-        hint: &Cell<usize>,
-        pieces: &mut Vec<Translation>,
-    ) -> Result<(), Fault> {
+    fn collect(&self, range: IovaRange, access: Access, pieces: &mut Vec<Translation>) -> Result<(), Fault> {
         let mut at = range.start();
         loop {
-            let piece = self.translate(at, access, hint)?;
+            let piece = self.translate(at, access)?;
             let last = piece.last.min(range.last());
             pieces.push(Translation { last, ..piece });
             match last.checked_add(1) {
@@ -431,8 +478,8 @@ impl Sight {
         }
     }
 
-    fn extent(&self, iova: Iova, access: Access, hint: &Cell<usize>) -> Result<Mapping, Fault> {
-        let answer = self.translate(iova, access, hint)?;
+    fn extent(&self, iova: Iova, access: Access) -> Result<Mapping, Fault> {
+        let answer = self.translate(iova, access)?;
         if answer.place == Place::Msi {
             return Err(self.fault(iova, access, FaultReason::Reserved));
         }

@@ -68,6 +68,32 @@ impl DomainInner {
         Ok(count)
     }
 
+    /// Removes all that is inside `range`, which cuts nothing or is refused, and tells everyone.
+    pub(crate) fn remove_all(
+        &self,
+        state: &mut DomainState,
+        range: IovaRange,
+        lazy: bool,
+        done: &mut Completion,
+    ) -> Result<usize, StepErrorKind> {
+        let mut removed = core::mem::take(&mut state.removed);
+        let outcome = self.publish(|| state.writer.remove(range, |m| removed.push(m)));
+        if let (Some(first), Some(last)) = (removed.first(), removed.last()) {
+            // Nothing else is mapped in between: it was inside the range too.
+            let spans = [first.range.hull(last.range)];
+            self.totals.give_back(removed.len() as u64);
+            let plan = Plan { removed: &removed, spans: &spans, ..Plan::default() };
+            self.deliver_removals(state, &plan, done);
+            state.commit(done);
+            self.note_removal(&spans, lazy, done);
+            self.tell_observers(state, &removed, &[]);
+        }
+        removed.clear();
+        removed.shrink_to(SCRATCH);
+        state.removed = removed;
+        outcome.map_err(|_| state.cut(range))
+    }
+
     fn claim(&self, state: &DomainState, count: u64) -> Result<(), StepErrorKind> {
         if state.limit.is_some_and(|limit| (state.writer.len() as u64).saturating_add(count) > limit) {
             return Err(StepErrorKind::Cap(Cap::DomainMappings));
@@ -130,9 +156,7 @@ impl DomainInner {
         if !plan.removed.is_empty() {
             self.note_removal(plan.spans, lazy, done);
         }
-        if !state.seats.observers.is_empty() {
-            self.tell_observers(state, plan.removed, now);
-        }
+        self.tell_observers(state, plan.removed, now);
         refused
     }
 
@@ -181,41 +205,37 @@ impl DomainInner {
 
     /// Caches and mirrors lose what has been removed. They cannot refuse: who fails is fenced.
     fn deliver_removals(&self, state: &mut DomainState, plan: &Plan<'_>, done: &mut Completion) {
-        if state.seats.is_empty() {
+        let DomainState { seats, backing, pieces, dirty, .. } = state;
+        if seats.is_empty() {
             return;
         }
         let _callback = CallbackScope::enter();
         for span in plan.spans {
-            for cache in &state.seats.caches {
-                cache.invalidate(*span, done);
-            }
+            seats.caches.iter().for_each(|cache| cache.invalidate(*span, done));
         }
-        if state.seats.mirrors.is_empty() {
+        if seats.mirrors.is_empty() {
             return;
         }
-        let backing = state.backing.clone();
         let mut rest = plan.removed;
         for span in plan.spans {
             let inside = rest.partition_point(|m| m.range.last() <= span.last());
             let (here, later) = rest.split_at(inside);
             rest = later;
-            let mut pieces = core::mem::take(&mut state.pieces);
             pieces.clear();
-            here.iter().for_each(|m| backed(&backing, m, &mut |piece| pieces.push(*piece)));
-            for seat in state.seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
+            here.iter().for_each(|m| backed(backing, m, &mut |piece| pieces.push(*piece)));
+            for seat in seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
                 let outcome = if seat.lens.reach.replace && !plan.added.is_empty() {
-                    exchange::remove_unpaired(seat, &backing, plan, here, done, &mut state.dirty)
+                    exchange::remove_unpaired(seat, backing, plan, here, done, dirty)
                 } else {
-                    seat.remove(&pieces, done, &mut state.dirty)
+                    seat.remove(pieces, done, dirty)
                 };
                 if let Err(failure) = outcome {
                     self.fence_seat(seat, &failure, done);
                 }
             }
-            pieces.clear();
-            pieces.shrink_to(SCRATCH);
-            state.pieces = pieces;
         }
+        pieces.clear();
+        pieces.shrink_to(SCRATCH);
     }
 
     /// Mirrors get what is added, all or none of it; if none, they get the fallback.
@@ -229,44 +249,37 @@ impl DomainInner {
             return Ok(());
         }
         let _callback = CallbackScope::enter();
-        let mut pieces = core::mem::take(&mut state.pieces);
-        pieces.clear();
-        let backing = state.backing.clone();
-        for m in plan.added {
-            state.seats.mirrors.iter_mut().for_each(|seat| seat.stretch(m));
-            backed(&backing, m, &mut |piece| pieces.push(*piece));
-        }
         // Rests of what an unmap cut: the removal stands, so who cannot hold them is fenced.
         let refusable = state.refusable && plan.added != plan.fallback;
+        let mut pieces = core::mem::take(&mut state.pieces);
+        pieces.clear();
+        plan.added.iter().for_each(|m| backed(&state.backing, m, &mut |piece| pieces.push(*piece)));
         let mut refusal = None;
-        'mirrors: for at in 0..state.seats.mirrors.len() {
-            let Some(seat) = state.seats.mirrors.get_mut(at).filter(|seat| seat.is_live()) else { continue };
+        for (at, seat) in state.seats.mirrors.iter_mut().enumerate().filter(|(_, seat)| seat.is_live()) {
+            if !seat.is_complete() {
+                plan.added.iter().for_each(|m| seat.stretch(m));
+            }
             let mut nth = 0;
-            {
-                let outcome = if seat.lens.reach.replace && !plan.removed.is_empty() {
-                    exchange::add_all(seat, &backing, plan, done, &mut state.dirty)
-                } else {
-                    pieces.iter().try_for_each(|piece| {
-                        seat.add(piece, done)?;
-                        nth += 1;
-                        Ok(())
-                    })
-                };
-                let why = match outcome {
-                    Ok(()) => continue 'mirrors,
-                    Err(AddError::Fence(failure)) => {
-                        self.fence_seat(seat, &failure, done);
-                        continue 'mirrors;
+            let outcome = if seat.lens.reach.replace && !plan.removed.is_empty() {
+                exchange::add_all(seat, &state.backing, plan, done, &mut state.dirty)
+            } else {
+                pieces.iter().try_for_each(|piece| {
+                    seat.add(piece, done)?;
+                    nth += 1;
+                    Ok(())
+                })
+            };
+            match outcome {
+                Ok(()) => {}
+                Err(AddError::Fence(failure)) => self.fence_seat(seat, &failure, done),
+                Err(AddError::Refused(refused)) => {
+                    let kind = StepErrorKind::Refused { subscription: seat.sub.id(), refused };
+                    if refusable {
+                        refusal = Some((at, nth, kind));
+                        break;
                     }
-                    Err(AddError::Refused(refused)) => refused,
-                };
-                let kind = StepErrorKind::Refused { subscription: seat.sub.id(), refused: why };
-                if !refusable {
                     self.fence_seat(seat, &kind.to_string(), done);
-                    continue 'mirrors;
                 }
-                refusal = Some((at, nth, kind));
-                break 'mirrors;
             }
         }
         let outcome = match refusal {
@@ -274,10 +287,11 @@ impl DomainInner {
             Some((at, nth, kind)) => {
                 self.undo(state, plan, &pieces, (at, nth), done);
                 self.fall_back(state, plan, done);
-                // What was added for a moment may be in use: that too must be over before the guest is answered.
                 Err(kind)
             }
         };
+        pieces.clear();
+        pieces.shrink_to(SCRATCH);
         state.pieces = pieces;
         outcome
     }
@@ -345,7 +359,11 @@ impl DomainInner {
         self.totals.alarm(&incident);
     }
 
+    #[inline]
     fn tell_observers(&self, state: &mut DomainState, removed: &[Mapping], added: &[Mapping]) {
+        if state.seats.observers.is_empty() {
+            return;
+        }
         let _callback = CallbackScope::enter();
         for change in Changes::new(removed, added) {
             for seat in &mut state.seats.observers {
@@ -364,7 +382,7 @@ impl DomainState {
     }
 
     #[cold]
-    fn overlap(&self, new: &Mapping) -> StepErrorKind {
+    pub(crate) fn overlap(&self, new: &Mapping) -> StepErrorKind {
         let existing = self.writer.next(new.range.start()).map_or(new.range, |m| m.range);
         StepErrorKind::Overlap { range: new.range, existing }
     }

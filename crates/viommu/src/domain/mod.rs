@@ -332,8 +332,8 @@ impl DomainInner {
         if state.seats.is_empty() {
             return self.insert_alone(state, new);
         }
-        if let Some(existing) = state.writer.next(new.range.start()).filter(|m| m.range.overlaps(new.range)) {
-            return Err(StepErrorKind::Overlap { range: new.range, existing: existing.range });
+        if state.writer.is_taken_in(new.range) {
+            return Err(state.overlap(new));
         }
         let plan = Plan { added: core::slice::from_ref(new), ..Plan::default() };
         self.apply(state, &plan, true, done)
@@ -360,27 +360,7 @@ impl DomainInner {
             }
             return Ok(count);
         }
-        if state.writer.cuts(range) {
-            return Err(state.cut(range));
-        }
-        let mut removed = core::mem::take(&mut state.removed);
-        removed.clear();
-        state.writer.for_each(range, &mut |m| {
-            removed.push(m);
-            ControlFlow::Continue(())
-        });
-        let count = removed.len();
-        let outcome = match (removed.first(), removed.last()) {
-            (Some(first), Some(last)) => {
-                let spans = [first.range.hull(last.range)];
-                self.apply(state, &Plan { removed: &removed, spans: &spans, ..Plan::default() }, lazy, done)
-            }
-            _ => Ok(()),
-        };
-        removed.clear();
-        removed.shrink_to(SCRATCH);
-        state.removed = removed;
-        outcome.map(|()| count)
+        self.remove_all(state, range, lazy, done)
     }
 
     /// Plans and applies checked changes as one step.

@@ -261,7 +261,8 @@ impl Control {
             domain,
             backing: self.backing.clone(),
             regions: regions.clone(),
-            regions_last: regions.last().map(|r| r.range.last()),
+            table: None,
+            clear_from: 0,
             faults: faults.cloned(),
             fenced: false,
         }

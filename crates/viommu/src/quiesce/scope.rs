@@ -10,6 +10,7 @@ type Later = Box<dyn FnOnce()>;
 
 thread_counter!(STEPS);
 thread_counter!(CALLBACKS);
+thread_counter!(PUT_OFF);
 thread_local! {
     static LATER: RefCell<Vec<Later>> = RefCell::new(Vec::new());
 }
@@ -40,7 +41,7 @@ impl Drop for StepScope {
             steps.set(steps.get().wrapping_sub(1));
             steps.get()
         });
-        if left == 0 && LATER.with(|later| !later.borrow().is_empty()) {
+        if left == 0 && PUT_OFF.with(Cell::get) != 0 {
             run_later();
         }
     }
@@ -48,6 +49,7 @@ impl Drop for StepScope {
 
 #[cold]
 fn run_later() {
+    PUT_OFF.with(|n| n.set(0));
     for later in LATER.with(RefCell::take) {
         later();
     }
@@ -79,6 +81,7 @@ pub(crate) fn in_callback() -> bool {
 
 /// Puts `f` off until the step that this callback belongs to is over.
 pub(crate) fn after_the_step(f: impl FnOnce() + 'static) {
+    PUT_OFF.with(|n| n.set(n.get().wrapping_add(1)));
     LATER.with(|later| later.borrow_mut().push(Box::new(f)));
 }
 

@@ -63,10 +63,6 @@ impl Writer {
         Ok(())
     }
 
-    /// Makes sure that inserting `additions` once, after any removals, cannot fail for want of memory.
-    pub(crate) fn reserve(&mut self, _additions: &[Mapping]) -> Result<(), NoMemory> {
-        Ok(())
-    }
 
     /// Whether a mapping sticks out of `range` at either end.
     pub(crate) fn cuts(&self, range: IovaRange) -> bool {

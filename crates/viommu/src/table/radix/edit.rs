@@ -36,9 +36,7 @@ impl Writer {
         let entry = Word::first_leaf(m);
         match found.at {
             Some(at) if found.fits(start, last) => {
-                self.table.begin_change();
                 self.table.arena.publish(at, entry);
-                self.table.end_change();
                 self.table.arena.gained(found.node, 1);
             }
             _ => {
@@ -66,16 +64,12 @@ impl Writer {
             self.reserve_one(start, last)?
         };
         if let Some((node, at)) = place {
-            self.table.begin_change();
             self.table.arena.publish(at, entry);
-            self.table.end_change();
             self.table.arena.gained(node, 1);
             return Ok(());
         }
         let (root, level) = self.root();
-        self.table.begin_change();
         self.fill(root, level, 0, (start, last), entry);
-        self.table.end_change();
         Ok(())
     }
 
@@ -111,10 +105,16 @@ impl Writer {
 
     /// Removes every mapping inside `range`, telling `gone` of each; refused when one would be cut.
     #[inline]
-    pub(crate) fn remove(&mut self, range: IovaRange, gone: &mut dyn FnMut(Mapping)) -> Result<usize, Cuts> {
+    pub(crate) fn remove(&mut self, range: IovaRange, mut gone: impl FnMut(Mapping)) -> Result<usize, Cuts> {
         let (start, last) = (range.start().0, range.last().0);
         if last == start | (PAGE - 1) {
-            return self.remove_page(start, last, gone);
+            return Ok(match self.remove_page(start, last)? {
+                Some(m) => {
+                    gone(m);
+                    1
+                }
+                None => 0,
+            });
         }
         let mut joined = Joined::default();
         let count = self.clear_all(range, &mut |iova, level, entry| {
@@ -129,14 +129,19 @@ impl Writer {
     }
 
     /// Removes every mapping inside `range`; refused when one would be cut.
+    #[inline]
     pub(crate) fn remove_all_in(&mut self, range: IovaRange) -> Result<usize, Cuts> {
+        let (start, last) = (range.start().0, range.last().0);
+        if last == start | (PAGE - 1) {
+            return Ok(usize::from(self.remove_page(start, last)?.is_some()));
+        }
         self.clear_all(range, &mut |_, _, _| {})
     }
 
     #[inline]
-    fn remove_page(&mut self, start: u64, last: u64, gone: &mut dyn FnMut(Mapping)) -> Result<usize, Cuts> {
+    fn remove_page(&mut self, start: u64, last: u64) -> Result<Option<Mapping>, Cuts> {
         let found = self.table.find(start);
-        let (true, Some(at)) = (found.entry.is_leaf(), found.at) else { return Ok(0) };
+        let (true, Some(at)) = (found.entry.is_leaf(), found.at) else { return Ok(None) };
         if !found.fits(start, last) || !found.entry.is_start() {
             return Err(Cuts);
         }
@@ -151,17 +156,12 @@ impl Writer {
         if goes_on {
             return Err(Cuts);
         }
-        self.table.begin_change();
         arena.publish(at, vacated(found.node));
-        self.table.end_change();
         if arena.lost(found.node, 1) {
             self.list(found.node, start & !mask(1), 0);
         }
         self.mappings -= 1;
-        if let Some(m) = found.entry.mapping(start, last) {
-            gone(m);
-        }
-        Ok(1)
+        Ok(found.entry.mapping(start, last))
     }
 
     fn clear_all(&mut self, range: IovaRange, gone: &mut impl FnMut(u64, u32, Word)) -> Result<usize, Cuts> {
@@ -174,9 +174,7 @@ impl Writer {
             return Ok(0);
         }
         let table = self.table.clone();
-        table.begin_change();
         let count = self.clear(&table.arena, root, level, 0, (from, last), gone);
-        table.end_change();
         self.mappings -= count;
         Ok(count)
     }

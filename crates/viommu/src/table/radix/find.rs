@@ -136,6 +136,14 @@ impl Writer {
         found.entry.is_leaf() && (!found.entry.is_start() || iova & mask(found.level) != 0)
     }
 
+    /// Whether anything is mapped in `range`.
+    #[inline]
+    pub(crate) fn is_taken_in(&self, range: IovaRange) -> bool {
+        let (start, last) = (range.start().0, range.last().0);
+        let found = self.table.find(start);
+        found.entry.is_leaf() || last > start | mask(found.level) && self.is_taken(start, last)
+    }
+
     /// Whether anything is mapped in the range.
     pub(super) fn is_taken(&self, from: u64, last: u64) -> bool {
         self.leaves(from, last, |_, _, _| ControlFlow::Break(())).is_break()

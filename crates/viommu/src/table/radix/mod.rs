@@ -24,14 +24,14 @@ use std::collections::VecDeque;
 use self::arena::Apart;
 use self::reclaim::Limbo;
 use self::slab::Slab;
-use self::word::{Kind, Node, TOP, key, mask};
+use self::word::{Kind, Leaf, Node, TOP, key, mask};
 use super::{Hit, NoMemory};
 use crate::addr::Iova;
 use crate::quiesce::space::Space;
 use crate::sync::{
     Arc, AtomicU64, Mutex,
     Ordering::{Acquire, Relaxed, Release},
-    fence, lock,
+    lock,
 };
 
 pub(crate) use self::arena::Arena;
@@ -41,15 +41,8 @@ pub(crate) struct Table {
     /// The top node and its level. Beside it only what readers read too.
     root: AtomicU64,
     arena: Arc<Arena>,
-    change: Apart<Change>,
-}
-
-/// What readers do not read at every lookup.
-struct Change {
-    /// Odd while the writer changes something.
-    version: AtomicU64,
     /// The nodes, when the writer is gone. They go back to the arena with the last reader's hold on the table.
-    left_behind: Mutex<Option<Slab>>,
+    left_behind: Apart<Mutex<Option<Slab>>>,
 }
 
 /// What the domain changes, under its own lock.
@@ -78,11 +71,10 @@ impl Table {
     pub(crate) fn new(arena: &Arc<Arena>, space: Arc<Space>) -> Result<(Arc<Self>, Writer), NoMemory> {
         let mut slab = Slab::new(arena.clone());
         let root = slab.alloc(Kind::Table)?;
-        let change = Change { version: AtomicU64::new(0), left_behind: Mutex::new(None) };
         let table = Arc::new(Self {
             root: AtomicU64::new(root.rooted(1)),
             arena: arena.clone(),
-            change: Apart(change),
+            left_behind: Apart(Mutex::new(None)),
         });
         let writer = Writer {
             table: table.clone(),
@@ -103,62 +95,44 @@ impl Table {
     /// What `iova` translates to, at most one leaf of it. To be called under a guard, or under the writer's lock.
     #[inline]
     pub(crate) fn lookup(&self, iova: Iova) -> Option<Hit> {
+        self.leaf(iova).hit(iova)
+    }
+
+    /// The leaf that holds `iova`. To be called as [`Self::lookup`].
+    #[inline(always)]
+    pub(crate) fn leaf(&self, iova: Iova) -> Leaf {
         let words = self.arena.words();
         let (mut node, mut level) = Node::from_root(self.root.load(Acquire));
         if iova.0 & !mask(level + 1) != 0 {
-            return None;
+            return Leaf::NONE;
         }
         while node.is_table() {
-            let entry = node::entry(words, node, key(iova.0, level))?;
+            let Some(entry) = node::entry(words, node, key(iova.0, level)) else { break };
             if entry.is_leaf() {
-                return Some(entry.hit(iova.0, level));
+                return Leaf::new(entry, level);
             }
-            node = entry.child()?;
-            level = level.checked_sub(1)?;
+            match entry.child() {
+                Some(child) if level > 0 => (node, level) = (child, level - 1),
+                _ => return Leaf::NONE,
+            }
         }
-        self.lookup_below(iova.0, node, level)
+        self.leaf_below(iova.0, node, level)
     }
 
     /// The same from a compact node on. Out of line: what is there besides tables must not slow them down.
     #[inline(never)]
-    fn lookup_below(&self, iova: u64, mut node: Node, mut level: u32) -> Option<Hit> {
+    fn leaf_below(&self, iova: u64, mut node: Node, mut level: u32) -> Leaf {
         loop {
-            let (_, entry) = node::slot(self.arena.words(), node, key(iova, level))?;
+            let Some((_, entry)) = node::slot(self.arena.words(), node, key(iova, level)) else { break };
             if entry.is_leaf() {
-                return Some(entry.hit(iova, level));
+                return Leaf::new(entry, level);
             }
-            node = entry.child()?;
-            level = level.checked_sub(1)?;
+            match entry.child() {
+                Some(child) if level > 0 => (node, level) = (child, level - 1),
+                _ => break,
+            }
         }
-    }
-
-    /// A number that is odd while the writer changes mappings, and another one after every change. Lookups made
-    /// after an even one saw one state of the record if it [still holds](Self::is_unchanged) behind them.
-    #[inline]
-    pub(crate) fn version(&self) -> u64 {
-        self.change.0.version.load(Acquire)
-    }
-
-    /// Whether no change has begun since [`version`](Self::version) gave `version`, as seen from behind the lookups
-    /// made in between.
-    #[inline]
-    pub(crate) fn is_unchanged(&self, version: u64) -> bool {
-        fence(Acquire);
-        self.change.0.version.load(Relaxed) == version
-    }
-
-    /// Every store of a change comes behind the odd number.
-    #[inline(always)]
-    fn begin_change(&self) {
-        let version = &self.change.0.version;
-        version.store(version.load(Relaxed).wrapping_add(1), Relaxed);
-        fence(Release);
-    }
-
-    #[inline(always)]
-    fn end_change(&self) {
-        let version = &self.change.0.version;
-        version.store(version.load(Relaxed).wrapping_add(1), Release);
+        Leaf::NONE
     }
 }
 
@@ -185,6 +159,6 @@ impl Drop for Writer {
         let nothing = Node::new(Kind::Table, self.table.arena.index_of(0));
         self.table.root.store(nothing.rooted(TOP), Release);
         let slab = std::mem::replace(&mut self.slab, Slab::new(self.table.arena.clone()));
-        *lock(&self.table.change.0.left_behind) = Some(slab);
+        *lock(&self.table.left_behind.0) = Some(slab);
     }
 }

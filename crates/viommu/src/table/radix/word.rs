@@ -102,18 +102,6 @@ impl Word {
         (self.0 & (LEAF | CHILD) == CHILD).then_some(Node(self.0))
     }
 
-    /// What a leaf of `level` says about `iova`.
-    #[inline(always)]
-    pub(super) fn hit(self, iova: u64, level: u32) -> Hit {
-        let inside = iova & mask(level);
-        Hit {
-            gpa: Gpa((self.0 & PAGE_BITS).wrapping_add(inside)),
-            access: self.access(),
-            target: self.target(),
-            left: mask(level) - inside,
-        }
-    }
-
     /// The mapping whose first leaf this is, given its range.
     #[inline(always)]
     pub(super) fn mapping(self, start: u64, last: u64) -> Option<Mapping> {
@@ -129,6 +117,62 @@ impl Word {
     #[inline(always)]
     fn target(self) -> Target {
         if self.0 & MMIO == 0 { Target::Ram } else { Target::Mmio }
+    }
+}
+
+/// A leaf and how far it reaches: two words, so that it stays in registers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Leaf {
+    /// 0: nothing is there.
+    word: u64,
+    /// Bytes, minus one.
+    mask: u64,
+}
+
+impl Leaf {
+    pub(super) const NONE: Self = Self { word: 0, mask: 0 };
+
+    #[inline(always)]
+    pub(super) fn new(entry: Word, level: u32) -> Self {
+        Self { word: entry.0, mask: mask(level) }
+    }
+
+    /// Whether it is memory that allows all of `access`, and anything at all.
+    #[inline(always)]
+    pub(crate) fn is_memory_for(self, access: Access) -> bool {
+        let wanted = u64::from(access.bits()) << ACCESS;
+        let some = u64::from(Access::RW.bits()) << ACCESS;
+        self.word & (wanted | MMIO) == wanted && self.word & some != 0
+    }
+
+    /// The target of `iova`, which it holds.
+    #[inline(always)]
+    pub(crate) fn gpa(self, iova: Iova) -> Gpa {
+        Gpa((self.word & PAGE_BITS).wrapping_add(iova.0 & self.mask))
+    }
+
+    /// Bytes of it behind `iova`, which it holds.
+    #[inline(always)]
+    pub(crate) fn left(self, iova: Iova) -> u64 {
+        self.mask - (iova.0 & self.mask)
+    }
+
+    /// What the device may do.
+    #[inline(always)]
+    pub(crate) fn access(self) -> Access {
+        Word(self.word).access()
+    }
+
+    /// All that it says of `iova`; `None` when nothing is there.
+    #[inline(always)]
+    pub(crate) fn hit(self, iova: Iova) -> Option<Hit> {
+        let target = Word(self.word).target();
+        (self.word != 0).then(|| Hit {
+            gpa: self.gpa(iova),
+            access: self.access(),
+            target,
+            left: self.left(iova),
+        })
     }
 }
 
