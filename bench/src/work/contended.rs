@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use viommu::Domain;
+use viommu::{Domain, Endpoint};
 
 use crate::clock::{come_first, percentile, pin, sample, two_cpus};
 use crate::load::{Effort, PAGE, Random, gpa, iova};
@@ -83,9 +83,9 @@ struct Read {
     samples: Vec<u32>,
 }
 
-fn read_ours(unit: &Ours, count: u64, reading: Reading, stop: &AtomicBool) -> Read {
+fn read_ours(endpoint: &Endpoint, count: u64, reading: Reading, stop: &AtomicBool) -> Read {
     let mut samples = Vec::with_capacity(1 << 23);
-    let Some(mut reader) = unit.endpoint.reader("busy") else { return Read { rate: 0.0, samples } };
+    let Some(mut reader) = endpoint.reader("busy") else { return Read { rate: 0.0, samples } };
     let mut random = Random(99);
     let start = Instant::now();
     let mut batches = 0u64;
@@ -161,10 +161,11 @@ pub(crate) fn ours(effort: Effort) -> anyhow::Result<Figures> {
     let mut unit = Ours::new()?;
     let count = effort.small();
     dense::fill(&mut unit, count)?;
+    let (domain, endpoint) = (&unit.domain, &unit.endpoint);
     for _ in 0..ROUNDS {
         for (name, group) in [("single", 1), ("burst", BATCH)] {
             let mut churner = Churn {
-                domain: &unit.domain,
+                domain,
                 random: Random(1234),
                 count,
                 group,
@@ -173,7 +174,7 @@ pub(crate) fn ours(effort: Effort) -> anyhow::Result<Figures> {
             };
             let (pairs, read) = beside(
                 1,
-                |stop| read_ours(&unit, count, Reading::Batches, stop),
+                |stop| read_ours(endpoint, count, Reading::Batches, stop),
                 || {
                     let step = |churner: &mut Churn<'_>| {
                         if group == 1 { churner.single() } else { churner.burst() }
@@ -193,12 +194,12 @@ pub(crate) fn ours(effort: Effort) -> anyhow::Result<Figures> {
         let mut random = Random(1234);
         let (_, read) = beside(
             1,
-            |stop| read_ours(&unit, count, Reading::Lookups, stop),
+            |stop| read_ours(endpoint, count, Reading::Lookups, stop),
             || {
                 Ok(churn(effort.contended(), || {
                     let page = random.page(count);
-                    ours::unmap(&unit.domain, page, PAGE);
-                    ours::map(&unit.domain, page, PAGE, gpa(page / PAGE, count));
+                    ours::unmap(domain, page, PAGE);
+                    ours::map(domain, page, PAGE, gpa(page / PAGE, count));
                     1
                 }))
             },
@@ -269,12 +270,13 @@ pub(crate) fn busy(effort: Effort) -> anyhow::Result<Figures> {
     let mut unit = Ours::new()?;
     let count = effort.small();
     dense::fill(&mut unit, count)?;
+    let (domain, endpoint) = (&unit.domain, &unit.endpoint);
     for _ in 0..ROUNDS {
-        let (domain, random) = (&unit.domain, Random(1234));
+        let random = Random(1234);
         let mut churner = Churn { domain, random, count, group: 1, turn: 0, samples: Vec::new() };
         let (pairs, read) = beside(
             16,
-            |stop| read_ours(&unit, count, Reading::Batches, stop),
+            |stop| read_ours(endpoint, count, Reading::Batches, stop),
             || Ok(churn(effort.contended(), || churner.single())),
         )?;
         ensure!(read.len() == 16, "a reader is missing");
