@@ -45,9 +45,13 @@ impl EndpointId {
         pasid << 32 | u64::from(self.requester)
     }
 
-    pub(crate) fn from_key(key: u64) -> Self {
+    /// The key of who is no endpoint: a reader of a domain's own cache.
+    pub(crate) const NOBODY: u64 = u64::MAX;
+
+    pub(crate) fn from_key(key: u64) -> Option<Self> {
         let half = |word: u64| u32::try_from(word & 0xffff_ffff).unwrap_or(u32::MAX);
-        Self { requester: half(key), pasid: half(key >> 32).checked_sub(1) }
+        let id = Self { requester: half(key), pasid: half(key >> 32).checked_sub(1) };
+        (key != Self::NOBODY).then_some(id)
     }
 }
 
@@ -230,8 +234,9 @@ mod tests {
     #[test]
     fn key_of_an_endpoint_names_it_and_its_pasid() {
         for id in [EndpointId::new(0), EndpointId::new(u32::MAX), EndpointId::new(7).with_pasid(0)] {
-            assert_eq!(EndpointId::from_key(id.key()), id);
+            assert_eq!(EndpointId::from_key(id.key()), Some(id));
         }
+        assert_eq!(EndpointId::from_key(EndpointId::NOBODY), None);
         assert_ne!(EndpointId::new(7).key(), EndpointId::new(7).with_pasid(0).key());
     }
 }

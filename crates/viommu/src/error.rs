@@ -29,8 +29,8 @@ impl From<StepErrorKind> for StepError {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum StepErrorKind {
-    /// Called inside a subscriber's callback (L10). Nothing has changed.
-    #[error("a step inside a subscriber's callback")]
+    /// Called inside a subscriber's callback, or while this thread holds a burst. Nothing has changed.
+    #[error("a step inside a subscriber's callback or a burst")]
     InCallback,
     /// Start, end or target is not a multiple of the page. Nothing has changed.
     #[error("{range} or its target is not aligned to {page_size:#x}")]

@@ -123,7 +123,7 @@ pub use iommu::{
 };
 pub use mapping::{Access, Mapping, Target};
 pub use quiesce::completion::{Blocker, BlockerKind, Completion, WaitError};
-pub use reader::{Fault, FaultReason, Guard, Lease, Place, Reader, Translation};
+pub use reader::{Fault, FaultReason, Guard, Lease, OwnedGuard, Place, Reader, Translation, Translator};
 pub use state::{RestoreError, SaveError, Saved};
 pub use subscribe::{Interest, Kinds, Space};
 

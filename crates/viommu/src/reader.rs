@@ -3,14 +3,15 @@
 use core::cell::Cell;
 use core::fmt;
 use core::marker::PhantomData;
+use core::ops::Deref;
 
 use crate::addr::{Gpa, Iova, IovaRange};
 use crate::backing::Medium;
 use crate::domain::inner::DomainInner;
 use crate::endpoint::{EndpointId, EndpointShared, RegionKind, Sight};
 use crate::mapping::{Access, Mapping, Target};
-use crate::quiesce::scope::CallbackScope;
-use crate::quiesce::slot::Entry;
+use crate::quiesce::scope::{CallbackScope, in_callback};
+use crate::quiesce::slot::{Counted, Entry};
 use crate::sync::{Arc, Ordering, fence, lock};
 use crate::table::{Hit, PAGE};
 
@@ -110,15 +111,9 @@ pub trait Walker: Send + Sync {
     fn walk(&self, iova: Iova) -> Option<Mapping>;
 }
 
-/// A device's way to translate: one for each worker and endpoint. Make it on the thread that uses it.
-pub struct Reader {
-    entry: Entry,
-    shared: Arc<EndpointShared>,
-    seen: u64,
-    sight: Arc<Sight>,
-    /// The RAM that the last answer lay in: most lie in the same. Empty after a change of sight.
-    near: Cell<Near>,
-}
+/// A device's way to translate: one for each worker and endpoint. Make it on the thread that uses it. A clone is
+/// another reader of the same endpoint, with the same label.
+pub struct Reader(Translator);
 
 /// An extent of RAM. The last byte of one of 2^64 bytes is not in it, and takes the other way.
 #[derive(Clone, Copy)]
@@ -132,24 +127,129 @@ impl Near {
 }
 
 impl Reader {
-    /// Under the unit's lock.
     pub(crate) fn new(shared: &Arc<EndpointShared>, label: &str) -> Self {
-        let entry = Entry::new(label, shared.id.map_or(u64::MAX, EndpointId::key));
+        let entry = Entry::new(label, shared.id.map_or(EndpointId::NOBODY, EndpointId::key));
         shared.add_slot(entry.slot());
         let (seen, sight) = shared.sight();
-        Self { entry, shared: shared.clone(), seen, sight, near: Cell::new(Near::NOWHERE) }
+        Self(Translator { entry, shared: shared.clone(), seen, sight, near: Cell::new(Near::NOWHERE) })
     }
 
     /// Starts a batch of accesses. What is translated under the guard may be used until it is dropped, and an unmap
     /// completes only then; so a guard covers one bounded batch and never waits for the guest or for I/O of unknown
-    /// length. Longer use is a [`Guard::lease`].
+    /// length. Longer use is a [`Translator::lease`].
     #[inline]
     pub fn enter(&mut self) -> Guard<'_> {
+        self.0.enter();
+        Guard { translator: &mut self.0, not_send: PhantomData }
+    }
+
+    /// As [`Reader::enter`], with a guard that borrows nothing: for interfaces that keep what they are given.
+    #[inline]
+    pub fn into_guard(mut self) -> OwnedGuard {
+        OwnedGuard { counted: self.0.enter_counted(), translator: self.0 }
+    }
+
+    /// The endpoint that it reads for.
+    #[must_use]
+    pub fn endpoint(&self) -> Option<EndpointId> {
+        self.0.shared.id
+    }
+}
+
+impl Clone for Reader {
+    fn clone(&self) -> Self {
+        Self::new(&self.0.shared, &self.0.entry.slot().label)
+    }
+}
+
+impl fmt::Debug for Reader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reader").field("endpoint", &self.0.shared.id).finish_non_exhaustive()
+    }
+}
+
+/// One batch of a [`Reader`]. Not `Send`: it is counted for its thread, so that waiting under it is an error and not a
+/// deadlock.
+pub struct Guard<'r> {
+    translator: &'r mut Translator,
+    not_send: PhantomData<*const ()>,
+}
+
+impl Deref for Guard<'_> {
+    type Target = Translator;
+
+    #[inline]
+    fn deref(&self) -> &Translator {
+        self.translator
+    }
+}
+
+impl Drop for Guard<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.translator.entry.leave();
+    }
+}
+
+/// As [`Guard`], but it has its reader inside. Dropping it ends the batch and the reader; [`OwnedGuard::leave`] gives
+/// the reader back. One that is leaked holds up every later unmap for ever.
+///
+/// ```compile_fail,E0277
+/// fn elsewhere(guard: viommu::OwnedGuard) {
+///     std::thread::spawn(move || drop(guard)); // it is counted for the thread that entered
+/// }
+/// ```
+#[must_use = "it protects what is translated under it only while it lives"]
+pub struct OwnedGuard {
+    // The count goes first: leaving may wake somebody who waits on this thread.
+    counted: Counted,
+    translator: Translator,
+}
+
+impl OwnedGuard {
+    /// Ends the batch.
+    #[inline]
+    #[must_use]
+    pub fn leave(self) -> Reader {
+        let Self { counted, mut translator } = self;
+        drop(counted);
+        translator.entry.step_out();
+        Reader(translator)
+    }
+}
+
+impl Deref for OwnedGuard {
+    type Target = Translator;
+
+    #[inline]
+    fn deref(&self) -> &Translator {
+        &self.translator
+    }
+}
+
+/// What a device can do under a [`Guard`] or an [`OwnedGuard`].
+pub struct Translator {
+    entry: Entry,
+    shared: Arc<EndpointShared>,
+    seen: u64,
+    sight: Arc<Sight>,
+    /// The RAM that the last answer lay in: most lie in the same. Empty after a change of sight.
+    near: Cell<Near>,
+}
+
+impl Translator {
+    #[inline]
+    fn enter(&mut self) {
         self.entry.enter();
         if self.shared.generation() != self.seen {
             self.refresh();
         }
-        Guard { reader: self, not_send: PhantomData }
+    }
+
+    #[inline]
+    fn enter_counted(&mut self) -> Counted {
+        self.enter();
+        Counted::from_enter()
     }
 
     #[cold]
@@ -158,34 +258,6 @@ impl Reader {
         self.near.set(Near::NOWHERE);
     }
 
-    /// The endpoint that it reads for.
-    #[must_use]
-    pub fn endpoint(&self) -> Option<EndpointId> {
-        self.shared.id
-    }
-}
-
-impl fmt::Debug for Reader {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Reader").field("endpoint", &self.shared.id).finish_non_exhaustive()
-    }
-}
-
-/// One batch of a [`Reader`]. Not `Send`: it is counted for its thread, so that waiting under it is an error and not a
-/// deadlock.
-pub struct Guard<'r> {
-    reader: &'r mut Reader,
-    not_send: PhantomData<*const ()>,
-}
-
-impl Drop for Guard<'_> {
-    #[inline]
-    fn drop(&mut self) {
-        self.reader.entry.leave();
-    }
-}
-
-impl Guard<'_> {
     /// Translates `iova` for an access of `access` (empty: only asks). A fault is reported to the model.
     ///
     /// # Errors
@@ -195,15 +267,14 @@ impl Guard<'_> {
         self.probe(iova, access).inspect_err(|fault| self.report(fault))
     }
 
-    /// As [`Guard::translate`], without a report: for a question that is not an access.
+    /// As [`Translator::translate`], without a report: for a question that is not an access.
     ///
     /// # Errors
-    /// As [`Guard::translate`].
+    /// As [`Translator::translate`].
     #[inline]
     pub fn probe(&self, iova: Iova, access: Access) -> Result<Translation, Fault> {
-        let reader = &*self.reader;
-        if reader.shared.generation() == reader.seen
-            && let Some(found) = reader.sight.memory(iova, access, reader.near.get())
+        if self.shared.generation() == self.seen
+            && let Some(found) = self.sight.memory(iova, access, self.near.get())
         {
             return Ok(found);
         }
@@ -213,16 +284,15 @@ impl Guard<'_> {
     /// Everything that is not memory near the last answer.
     #[inline(never)]
     fn probe_slowly(&self, iova: Iova, access: Access) -> Result<Translation, Fault> {
-        let reader = &*self.reader;
-        if reader.shared.generation() != reader.seen {
+        if self.shared.generation() != self.seen {
             return self.moved().translate(iova, access);
         }
-        let answer = reader.sight.translate(iova, access)?;
+        let answer = self.sight.translate(iova, access)?;
         if answer.place == Place::Ram
-            && let Some(extent) = reader.sight.backing.at(answer.gpa)
+            && let Some(extent) = self.sight.backing.at(answer.gpa)
         {
             let bytes = u64::try_from(extent.range.bytes()).unwrap_or(u64::MAX);
-            reader.near.set(Near { start: extent.range.start().0, bytes });
+            self.near.set(Near { start: extent.range.start().0, bytes });
         }
         Ok(answer)
     }
@@ -230,21 +300,17 @@ impl Guard<'_> {
     /// The endpoint has moved in the middle of this batch: the new view counts from now on.
     #[cold]
     fn moved(&self) -> Arc<Sight> {
-        self.reader.shared.sight().1
+        self.shared.sight().1
     }
 
     #[inline]
     fn sight(&self) -> Arc<Sight> {
-        if self.reader.shared.generation() == self.reader.seen {
-            self.reader.sight.clone()
-        } else {
-            self.moved()
-        }
+        if self.shared.generation() == self.seen { self.sight.clone() } else { self.moved() }
     }
 
     #[cold]
     fn report(&self, fault: &Fault) {
-        if let Some(sink) = &self.reader.sight.faults {
+        if let Some(sink) = &self.sight.faults {
             sink.fault(fault);
         }
     }
@@ -278,8 +344,12 @@ impl Guard<'_> {
         }
         let Some(domain) = &sight.domain else { return sight.collect(range, access, pieces) };
         let before = pieces.len();
-        // Churn of other pages alone makes a try fail; some tries are cheaper than the lock.
-        for _ in 0..16 {
+        // Churn of other pages alone makes a try fail; some tries are cheaper than the lock. Inside a callback the lock
+        // may not be taken, and the version moves on soon: nothing that blocks is done while it is odd.
+        for tried in 0_u32.. {
+            if tried >= 16 && !in_callback() {
+                break;
+            }
             let version = domain.version.load(Ordering::Acquire);
             if version & 1 == 0 {
                 pieces.truncate(before);
@@ -292,10 +362,6 @@ impl Guard<'_> {
             core::hint::spin_loop();
         }
         pieces.truncate(before);
-        if crate::quiesce::scope::in_callback() {
-            // This thread is the step that holds the lock: nothing changes while it looks.
-            return sight.collect(range, access, pieces);
-        }
         let _still = lock(&domain.state);
         sight.collect(range, access, pieces)
     }
@@ -325,7 +391,7 @@ impl Guard<'_> {
         let sight = self.sight();
         let blocked = || sight.fault(range.start(), access, FaultReason::Blocked);
         let domain = sight.domain.clone().ok_or_else(blocked).inspect_err(|fault| self.report(fault))?;
-        let key = self.reader.entry.slot().endpoint;
+        let key = self.entry.slot().endpoint;
         let revoke = Box::new(move || {
             let _callback = CallbackScope::enter();
             revoke();

@@ -11,7 +11,7 @@ use crate::error::{AttachErrorKind, StepErrorKind};
 use crate::iommu::{EndpointConfig, Iommu, ResetKind};
 use crate::mapping::Mapping;
 use crate::quiesce::completion::Completion;
-use crate::sync::{Ordering, lock};
+use crate::sync::lock;
 
 /// The version that [`Iommu::save`] writes. [`Iommu::restore`] takes this and all before it.
 pub const STATE_VERSION: u32 = 1;
@@ -114,7 +114,7 @@ impl Iommu {
     /// [`SaveError::Pending`].
     pub fn save(&self) -> Result<Saved, SaveError> {
         let control = lock(&self.unit.control);
-        let pending = control.spaces().map(|d| d.readers.outstanding.load(Ordering::Relaxed)).sum();
+        let pending = self.unit.outstanding(&control);
         if pending != 0 {
             return Err(SaveError::Pending(pending));
         }

@@ -297,7 +297,7 @@ pub trait Observer: Send {
     /// `change` has been committed in the address space `space`.
     fn changed(&mut self, space: Space, change: &Change);
 
-    /// The view of `endpoint` has changed.
+    /// The view of `endpoint` has changed: the endpoint that this observer follows, or any if it follows none.
     fn moved(&mut self, endpoint: EndpointId, to: crate::endpoint::View) {
         let _ = (endpoint, to);
     }

@@ -10,7 +10,7 @@ use crate::addr::GpaRange;
 use crate::backing::{Backing, Medium};
 use crate::change::Change;
 use crate::endpoint::{EndpointId, EndpointShared, Sight};
-use crate::iommu::unit::Unit;
+use crate::iommu::unit::{Totals, Unit};
 use crate::mapping::{Access, Mapping, Target};
 use crate::subscribe::{Interest, Kinds, Observer, Space};
 use crate::sync::{Arc, AtomicBool, Ordering, StdMutex, lock_std};
@@ -70,6 +70,11 @@ impl Sub {
 
     pub(crate) fn serves_nobody(&self) -> bool {
         lock_std(&self.serves).is_empty()
+    }
+
+    /// The counters of its unit.
+    pub(crate) fn totals(&self) -> Option<Arc<Totals>> {
+        self.unit.upgrade().map(|unit| unit.totals.clone())
     }
 
     /// Fences the subscriber from outside a step; `false` when that failed.

@@ -18,7 +18,7 @@ use crate::domain::plan::{Draft, Op};
 use crate::error::{StepError, StepErrorKind};
 use crate::mapping::Mapping;
 use crate::quiesce::completion::Completion;
-use crate::quiesce::scope::{CallbackScope, StepScope};
+use crate::quiesce::scope::{BurstScope, CallbackScope, StepScope};
 use crate::subscribe::{DirtyBitmap, Space};
 use crate::sync::{Arc, MutexGuard, lock};
 
@@ -130,7 +130,7 @@ impl Domain {
     }
 
     /// Several steps under one taking of the domain's lock, with one [`Completion`] for all: for a burst of requests.
-    /// Other steps and attaches wait until it is dropped.
+    /// Other threads' steps wait until it is dropped; another step on this thread is an error meanwhile.
     ///
     /// # Errors
     /// [`StepErrorKind::InCallback`], [`StepErrorKind::Gone`].
@@ -138,7 +138,7 @@ impl Domain {
         let scope = StepScope::enter().map_err(|_| StepErrorKind::InCallback)?;
         let state = lock(&self.0.state);
         self.0.alive(&state)?;
-        Ok(Burst { domain: &self.0, state, done: Completion::ready(), _scope: scope })
+        Ok(Burst { domain: &self.0, state, done: Completion::ready(), alone: BurstScope::enter(), scope })
     }
 
     /// Tells caches (mirrors have none of it) that anything inside `range` may have changed: a superset of what has.
@@ -255,7 +255,8 @@ pub struct Burst<'d> {
     domain: &'d DomainInner,
     state: MutexGuard<'d, DomainState>,
     done: Completion,
-    _scope: StepScope,
+    alone: BurstScope,
+    scope: StepScope,
 }
 
 impl Burst<'_> {
@@ -288,8 +289,10 @@ impl Burst<'_> {
 
     /// Ends the burst. Resolves when all of its steps are complete; the readers are read once for them.
     pub fn finish(self) -> Completion {
-        let Self { state, done, _scope, .. } = self;
+        let Self { state, done, alone, scope, .. } = self;
         drop(state);
+        drop(alone);
+        drop(scope);
         done
     }
 }

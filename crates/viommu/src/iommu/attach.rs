@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::ack::Ack;
 use crate::addr::IovaRange;
-use crate::deliver::{MirrorSeat, Seats, Sub};
+use crate::deliver::{MirrorSeat, ObserverSeat, Seats, Sub};
 use crate::domain::inner::DomainInner;
 use crate::endpoint::{EndpointId, Region, View};
 use crate::error::{AttachError, AttachErrorKind, Incident};
@@ -290,13 +290,16 @@ impl Unit {
         Ok(())
     }
 
-    fn tell_moved(&self, control: &Control, moved: impl Iterator<Item = (EndpointId, View)>) {
+    fn tell_moved(&self, control: &mut Control, moved: impl Iterator<Item = (EndpointId, View)>) {
         let _callback = CallbackScope::enter();
         for (id, view) in moved {
-            for domain in control.spaces() {
-                let mut state = lock(&domain.state);
-                state.seats.observers.iter_mut().for_each(|seat| seat.observer.moved(id, view));
-            }
+            let tell = |seats: &mut Seats| {
+                let concerned =
+                    |seat: &&mut ObserverSeat| seat.sub.endpoint().is_none_or(|whose| whose == id);
+                seats.observers.iter_mut().filter(concerned).for_each(|seat| seat.observer.moved(id, view));
+            };
+            control.domains.values().chain([&control.identity]).for_each(|d| tell(&mut lock(&d.state).seats));
+            control.endpoints.values_mut().for_each(|member| tell(&mut member.parked));
         }
     }
 }

@@ -44,7 +44,7 @@ impl Iommu {
         let inside = control
             .spaces()
             .flat_map(|domain| domain.readers.inside())
-            .map(|slot| (EndpointId::from_key(slot.endpoint), slot.label.to_string()))
+            .filter_map(|slot| Some((EndpointId::from_key(slot.endpoint)?, slot.label.to_string())))
             .collect();
         let mut done = Completion::ready();
         let mut refused = None;

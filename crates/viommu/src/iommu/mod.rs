@@ -190,7 +190,7 @@ impl Iommu {
     #[must_use]
     pub fn outstanding(&self) -> usize {
         let control = lock(&self.unit.control);
-        control.spaces().map(|d| d.readers.outstanding.load(crate::sync::Ordering::Relaxed)).sum()
+        self.unit.outstanding(&control)
     }
 }
 

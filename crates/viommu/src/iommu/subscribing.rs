@@ -75,6 +75,7 @@ pub struct Subscription {
     sub: Arc<Sub>,
     interest: Interest,
     cache: Option<Arc<CacheSeat>>,
+    filled: Completion,
     open: bool,
 }
 
@@ -230,8 +231,14 @@ impl Iommu {
             Home::Space(_) => None,
         };
         let sub = Sub::new(self.unit.next_id(), endpoint, Vec::new(), self.unit.this.clone());
-        let mut subscription =
-            Subscription { iommu: self.clone(), sub: sub.clone(), interest, cache: None, open: true };
+        let mut subscription = Subscription {
+            iommu: self.clone(),
+            sub: sub.clone(),
+            interest,
+            cache: None,
+            filled: Completion::ready(),
+            open: true,
+        };
         if in_callback() {
             // Only what has no answer to give can wait: a cache is asked for its fills through its subscription.
             let unit = self.unit.clone();
@@ -249,7 +256,7 @@ impl Iommu {
         }
         let _scope = StepScope::enter();
         match self.unit.seat(home, &sub, subscriber, interest) {
-            Ok(cache) => subscription.cache = cache,
+            Ok((cache, filled)) => (subscription.cache, subscription.filled) = (cache, filled),
             Err(error) => {
                 subscription.open = false;
                 return Err(error);
@@ -267,7 +274,7 @@ impl Unit {
         sub: &Arc<Sub>,
         subscriber: Subscriber,
         interest: Interest,
-    ) -> Result<Option<Arc<CacheSeat>>, SubscribeError> {
+    ) -> Result<(Option<Arc<CacheSeat>>, Completion), SubscribeError> {
         let mut control = lock(&self.control);
         if control.homes.len() >= self.config.subscriptions {
             return Err(SubscribeError::Cap(Cap::Subscriptions));
@@ -283,10 +290,9 @@ impl Unit {
         }
         let mut seats = Seats::default();
         let mut cache_seat = None;
-        let mut is_mirror = false;
+        let holds = !matches!(subscriber, Subscriber::Observer(_));
         match subscriber {
             Subscriber::Mirror(mirror) => {
-                is_mirror = true;
                 let seat = MirrorSeat::new(sub.clone(), interest, mirror);
                 if let Some(domain) = &domain {
                     fits(domain, &seat.lens, &regions)
@@ -336,10 +342,10 @@ impl Unit {
             (None, Home::Space(_)) => return Err(SubscribeError::Gone),
         }
         control.homes.insert(sub.id(), home);
-        if let (true, Home::Endpoint(id)) = (is_mirror, home) {
+        if let (true, Home::Endpoint(id)) = (holds, home) {
             unfence(&control, id);
         }
-        Ok(cache_seat)
+        Ok((cache_seat, done))
     }
 
     /// Ends a subscription.
@@ -384,6 +390,7 @@ impl Unit {
             }
             return Err(SubscribeError::Refused(refused));
         }
+        unfence(control, id);
         Ok(done)
     }
 }
@@ -444,6 +451,12 @@ impl Subscription {
     #[must_use]
     pub fn is_fenced(&self) -> bool {
         self.sub.is_fenced()
+    }
+
+    /// Resolves when the mirror has acknowledged all that it was filled with at first; until then a guest must not be told
+    /// that its device can be used. Can be taken once; later ones are ready.
+    pub fn filled(&mut self) -> Completion {
+        core::mem::replace(&mut self.filled, Completion::ready())
     }
 
     /// Ends it: a mirror is emptied, a cache told to drop everything. Resolves when the subscriber has acknowledged.

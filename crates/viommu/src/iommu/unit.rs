@@ -10,10 +10,11 @@ use crate::domain::inner::{DomainInner, DomainState, Line, Tables};
 use crate::endpoint::{EndpointId, EndpointShared, Region, Sight, View};
 use crate::error::{AttachErrorKind, Cap, Incident};
 use crate::quiesce::completion::Completion;
+use crate::quiesce::scope::{CallbackScope, StepScope};
 use crate::quiesce::space;
 use crate::reader::FaultSink;
 use crate::subscribe::{Binding, Kinds, Producer, Refused, Space};
-use crate::sync::{Arc, AtomicU64, Mutex, Ordering, StdArc, lock};
+use crate::sync::{Arc, AtomicU64, AtomicUsize, Mutex, Ordering, StdArc, lock};
 use crate::table::{Arena, Table};
 
 pub(crate) type Alarm = StdArc<dyn Fn(&Incident) + Send + Sync>;
@@ -21,13 +22,17 @@ pub(crate) type Alarm = StdArc<dyn Fn(&Incident) + Send + Sync>;
 /// Shared by the unit and its domains: counted across them.
 pub(crate) struct Totals {
     mappings: AtomicU64,
+    /// Completions that wait for a subscriber.
+    pub(crate) outstanding: AtomicUsize,
+    alarms: AtomicU64,
     pub(crate) cap: Option<u64>,
     pub(crate) alarm: Option<Alarm>,
 }
 
 impl Totals {
     pub(crate) fn new(cap: Option<u64>, alarm: Option<Alarm>) -> Arc<Self> {
-        Arc::new(Self { mappings: AtomicU64::new(0), cap, alarm })
+        let (mappings, alarms) = (AtomicU64::new(0), AtomicU64::new(0));
+        Arc::new(Self { mappings, outstanding: AtomicUsize::new(0), alarms, cap, alarm })
     }
 
     /// Counts `count` more mappings; `false` when that is more than the cap.
@@ -46,8 +51,12 @@ impl Totals {
     }
 
     pub(crate) fn alarm(&self, incident: &Incident) {
-        #[cfg(feature = "tracing")]
-        tracing::error!(?incident, "a subscriber or an endpoint was cut off");
+        // A guest can cause some of these again and again: the log gets the first ones, then ever fewer.
+        let nth = self.alarms.fetch_add(1, Ordering::Relaxed);
+        if nth < 16 || nth.is_power_of_two() {
+            #[cfg(feature = "tracing")]
+            tracing::error!(?incident, nth, "a subscriber or an endpoint was cut off");
+        }
         if let Some(alarm) = &self.alarm {
             alarm(incident);
         }
@@ -160,10 +169,11 @@ pub(crate) fn make_domain(
 impl Unit {
     /// Fences a subscriber whose pending ack came back as a failure. `false`: it could not be fenced.
     pub(crate) fn fence(&self, id: u64, why: &str) -> bool {
+        let _scope = StepScope::enter();
         let mut control = lock(&self.control);
         let mut done = Completion::ready();
         let mut fence = |domain: &Arc<DomainInner>, seats: &mut Seats| {
-            let _callback = crate::quiesce::scope::CallbackScope::enter();
+            let _callback = CallbackScope::enter();
             for seat in seats.mirrors.iter_mut().filter(|s| s.sub.id() == id) {
                 domain.fence_seat(seat, why, &mut done);
             }
@@ -192,7 +202,7 @@ impl Unit {
     pub(crate) fn ask_producer(&self, space: Space, old: Kinds, new: Kinds) -> Result<(), Refused> {
         match &self.config.producer {
             Some(producer) if old != new => {
-                let _callback = crate::quiesce::scope::CallbackScope::enter();
+                let _callback = CallbackScope::enter();
                 producer.wanted_changed(space, old, new)
             }
             _ => Ok(()),
@@ -206,6 +216,12 @@ impl Unit {
         backing: &Arc<Backing>,
     ) -> Result<Arc<DomainInner>, AttachErrorKind> {
         make_domain(&self.config, &self.arena, &self.totals, space, tables, backing)
+    }
+
+    /// Completions that have not resolved.
+    pub(crate) fn outstanding(&self, control: &Control) -> usize {
+        let removals = control.spaces().map(|domain| domain.readers.outstanding.load(Ordering::Relaxed));
+        removals.sum::<usize>().saturating_add(self.totals.outstanding.load(Ordering::Relaxed))
     }
 
     pub(crate) fn next_id(&self) -> u64 {

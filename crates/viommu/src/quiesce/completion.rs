@@ -12,8 +12,9 @@ use crate::ack::Waiting;
 use crate::addr::IovaRange;
 use crate::deliver::Sub;
 use crate::endpoint::EndpointId;
+use crate::iommu::unit::Totals;
 use crate::quiesce::lease::Lent;
-use crate::quiesce::scope::in_callback;
+use crate::quiesce::scope::{after_the_step, in_step};
 use crate::quiesce::slot::{Grace, thread_holds_a_guard};
 use crate::quiesce::space::Space;
 use crate::sync::{Arc, Ordering, StdArc};
@@ -33,6 +34,8 @@ pub struct Completion(Option<Box<Work>>);
 
 struct Work {
     acks: Vec<(Arc<Sub>, Waiting)>,
+    /// The units whose subscribers are awaited: each counts this completion as outstanding.
+    units: Vec<Arc<Totals>>,
     places: Vec<Place>,
     phase: Phase,
     /// A fence did not hold: this never resolves.
@@ -91,8 +94,8 @@ pub enum WaitError {
     /// This thread holds a guard: it would wait for itself.
     #[error("waiting while this thread holds a guard")]
     HoldingGuard,
-    /// This thread is inside a subscriber's callback.
-    #[error("waiting inside a subscriber's callback")]
+    /// This thread is inside a subscriber's callback, or holds a burst.
+    #[error("waiting inside a subscriber's callback or a burst")]
     InCallback,
     /// Time is up. The embedder chooses: wait on, reset the device, stop the virtual machine.
     #[error("not complete in time: {} blockers", .0.len())]
@@ -117,7 +120,14 @@ impl Completion {
     fn work(&mut self) -> &mut Work {
         self.0.get_or_insert_with(|| {
             let phase = Phase::Acks;
-            Box::new(Work { acks: Vec::new(), places: Vec::new(), phase, stuck: false, since: None })
+            Box::new(Work {
+                acks: Vec::new(),
+                units: Vec::new(),
+                places: Vec::new(),
+                phase,
+                stuck: false,
+                since: None,
+            })
         })
     }
 
@@ -127,7 +137,14 @@ impl Completion {
     }
 
     pub(crate) fn add_ack(&mut self, sub: &Arc<Sub>, waiting: Waiting) {
-        self.work().acks.push((sub.clone(), waiting));
+        let work = self.work();
+        if let Some(totals) = sub.totals()
+            && !work.units.iter().any(|unit| Arc::ptr_eq(unit, &totals))
+        {
+            totals.outstanding.fetch_add(1, Ordering::Relaxed);
+            work.units.push(totals);
+        }
+        work.acks.push((sub.clone(), waiting));
     }
 
     pub(crate) fn set_stuck(&mut self) {
@@ -144,6 +161,13 @@ impl Completion {
         for place in core::mem::take(&mut theirs.places) {
             ours.add(&place.space, place.endpoint, &place.ranges);
             place.space.outstanding.fetch_sub(1, Ordering::Relaxed);
+        }
+        for unit in core::mem::take(&mut theirs.units) {
+            if ours.units.iter().any(|other| Arc::ptr_eq(other, &unit)) {
+                unit.outstanding.fetch_sub(1, Ordering::Relaxed);
+            } else {
+                ours.units.push(unit);
+            }
         }
         ours.stuck |= theirs.stuck;
         other.0 = None;
@@ -197,7 +221,7 @@ impl Completion {
         if self.0.is_none() {
             return Ok(());
         }
-        if in_callback() {
+        if in_step() {
             return Err(WaitError::InCallback);
         }
         if thread_holds_a_guard() {
@@ -267,7 +291,7 @@ impl Work {
                             None => return false,
                             Some(true) => {}
                             // Fencing takes locks that this thread may hold now.
-                            Some(false) if in_callback() => return false,
+                            Some(false) if in_step() => return false,
                             Some(false) => {
                                 if !sub.fence("a call was answered with a failure") {
                                     self.stuck = true;
@@ -324,11 +348,13 @@ impl Work {
         match &self.phase {
             Phase::Acks => {}
             Phase::Guards(grace) => blockers.extend(grace.pending.iter().map(|(slot, _)| {
-                blocker(Some(EndpointId::from_key(slot.endpoint)), &slot.label, BlockerKind::Guard)
+                blocker(EndpointId::from_key(slot.endpoint), &slot.label, BlockerKind::Guard)
             })),
-            Phase::Leases(leases) => blockers.extend(leases.iter().map(|lent| {
-                blocker(Some(EndpointId::from_key(lent.endpoint)), &lent.label, BlockerKind::Lease)
-            })),
+            Phase::Leases(leases) => {
+                blockers.extend(leases.iter().map(|lent| {
+                    blocker(EndpointId::from_key(lent.endpoint), &lent.label, BlockerKind::Lease)
+                }))
+            }
         }
         blockers
     }
@@ -339,12 +365,22 @@ impl Drop for Work {
         for place in &self.places {
             place.space.outstanding.fetch_sub(1, Ordering::Relaxed);
         }
+        for unit in &self.units {
+            unit.outstanding.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 
 impl Drop for Completion {
     fn drop(&mut self) {
-        if self.0.is_some() && !self.advance(None) {
+        if self.0.is_none() {
+            return;
+        }
+        if in_step() {
+            // Whoever has to be fenced can only be fenced when this thread holds no lock.
+            let rest = Self(self.0.take());
+            after_the_step(move || drop(rest));
+        } else if !self.advance(None) && !self.is_stuck() {
             dropped_pending();
         }
     }

@@ -10,14 +10,15 @@ type Later = Box<dyn FnOnce()>;
 
 thread_counter!(STEPS);
 thread_counter!(CALLBACKS);
+thread_counter!(BURSTS);
 thread_counter!(PUT_OFF);
 thread_local! {
     static LATER: RefCell<Vec<Later>> = RefCell::new(Vec::new());
 }
 
-/// The call was made inside a subscriber's callback.
+/// The call was made inside a subscriber's callback, or while this thread holds a burst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("called inside a subscriber's callback")]
+#[error("called inside a subscriber's callback or a burst")]
 pub(crate) struct InCallback;
 
 /// A step on this thread. Made before any lock is taken, so that it ends after all are released.
@@ -26,7 +27,7 @@ pub(crate) struct StepScope(());
 impl StepScope {
     #[inline]
     pub(crate) fn enter() -> Result<Self, InCallback> {
-        if in_callback() {
+        if in_callback() || BURSTS.with(Cell::get) != 0 {
             return Err(InCallback);
         }
         STEPS.with(|steps| steps.set(steps.get().wrapping_add(1)));
@@ -71,6 +72,28 @@ impl Drop for CallbackScope {
     fn drop(&mut self) {
         CALLBACKS.with(|calls| calls.set(calls.get().wrapping_sub(1)));
     }
+}
+
+/// Several steps under one lock on this thread: no other step can begin here.
+pub(crate) struct BurstScope(());
+
+impl BurstScope {
+    pub(crate) fn enter() -> Self {
+        BURSTS.with(|bursts| bursts.set(bursts.get().wrapping_add(1)));
+        Self(())
+    }
+}
+
+impl Drop for BurstScope {
+    fn drop(&mut self) {
+        BURSTS.with(|bursts| bursts.set(bursts.get().wrapping_sub(1)));
+    }
+}
+
+/// Whether this thread is in the middle of a step, and so may hold the unit's or a domain's lock.
+#[inline]
+pub(crate) fn in_step() -> bool {
+    STEPS.with(Cell::get) != 0 || in_callback()
 }
 
 /// Whether this thread is inside a subscriber's callback.

@@ -3,6 +3,7 @@
 //! One word a reader: sequence, WAIT, INSIDE. Both ends of a guard are one read-modify-write. It is a Dekker pair:
 //! the reader says "inside" and then reads the table; the writer changes the table and then reads the slots.
 
+use core::marker::PhantomData;
 use core::task::Waker;
 use std::cell::Cell;
 
@@ -21,6 +22,23 @@ thread_counter!(HELD);
 /// Whether this thread holds a guard of any endpoint.
 pub(crate) fn thread_holds_a_guard() -> bool {
     HELD.with(Cell::get) != 0
+}
+
+/// The count of one guard, for a guard that takes its entry along when it goes. Not `Send`.
+pub(crate) struct Counted(PhantomData<*const ()>);
+
+impl Counted {
+    /// Takes over what [`Entry::enter`] has counted.
+    pub(crate) fn from_enter() -> Self {
+        Self(PhantomData)
+    }
+}
+
+impl Drop for Counted {
+    #[inline(always)]
+    fn drop(&mut self) {
+        HELD.with(|held| held.set(held.get().wrapping_sub(1)));
+    }
 }
 
 /// The word of one reader. On a line of its own: the reader writes it at every batch.
@@ -85,7 +103,13 @@ impl Entry {
     /// Leaves; wakes who waits for this stay.
     #[inline(always)]
     pub(crate) fn leave(&mut self) {
-        HELD.with(|held| held.set(held.get().wrapping_sub(1)));
+        drop(Counted::from_enter());
+        self.step_out();
+    }
+
+    /// [`Entry::leave`] without the thread's count.
+    #[inline(always)]
+    pub(crate) fn step_out(&mut self) {
         // Release: my accesses come before whoever sees me gone. Acquire: pairs with a waiter's registration.
         if self.slot.state.swap(self.seq, Ordering::AcqRel) & WAIT != 0 {
             self.slot.wake();

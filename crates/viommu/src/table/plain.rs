@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::{Arc, RwLock};
 
-use super::{Cuts, Hit, InsertError, NoMemory};
+use super::{Cuts, Hit, InsertError};
 use crate::addr::{Iova, IovaRange};
 use crate::mapping::Mapping;
 
@@ -62,7 +62,6 @@ impl Writer {
         self.0.0.write().unwrap().insert(m.range.start().0, *m);
         Ok(())
     }
-
 
     /// Whether a mapping sticks out of `range` at either end.
     pub(crate) fn cuts(&self, range: IovaRange) -> bool {

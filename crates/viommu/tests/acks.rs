@@ -1,0 +1,128 @@
+//! Acks that come late, fail or never come, where nobody waits for them: subscribe, save, fences.
+
+use std::sync::mpsc;
+use std::time::Duration;
+use viommu::subscribe::*;
+use viommu::*;
+/// A mirror whose map calls are acknowledged never, or (`true`) with a failure.
+#[derive(Default)]
+struct Late(Vec<Mapping>, bool);
+impl Mirror for Late {
+    fn reach(&self) -> Reach {
+        Reach::default()
+    }
+    fn map(&mut self, m: &Mapping) -> Result<Ack, Refused> {
+        self.0.push(*m);
+        let (ack, r) = Ack::pending();
+        if self.1 {
+            drop(r)
+        } else {
+            std::mem::forget(r)
+        }
+        Ok(ack)
+    }
+    fn unmap(&mut self, r: IovaRange) -> Result<Unmapped, Refused> {
+        Ok(Unmapped::done(self.0.extract_if(.., |m| r.covers(m.range)).map(|m| m.range.bytes()).sum()))
+    }
+    fn fence(&mut self) -> Result<(), FenceFailed> {
+        Ok(())
+    }
+    fn held(&self) -> Vec<Mapping> {
+        self.0.clone()
+    }
+}
+fn setup() -> (Iommu, Endpoint, Domain) {
+    let iommu = Iommu::builder().ram(0, 1 << 30).build().unwrap();
+    let e = iommu.add_endpoint(8, EndpointConfig::default()).unwrap();
+    let d = iommu.create_domain(1, Tables::Owned).unwrap();
+    drop(e.attach(1).unwrap());
+    (iommu, e, d)
+}
+fn within(f: impl FnOnce() + Send + 'static) -> bool {
+    let (tx, rx) = mpsc::channel();
+    std::thread::spawn(move || {
+        f();
+        tx.send(()).unwrap();
+    });
+    rx.recv_timeout(Duration::from_secs(3)).is_ok()
+}
+fn page() -> Mapping {
+    Mapping::new(Iova(0x1000), 0x1000, Gpa(0x8000), Access::RW).unwrap()
+}
+#[test]
+fn subscribe_whose_ack_fails_at_once_does_not_deadlock() {
+    assert!(
+        within(|| {
+            let (_i, e, d) = setup();
+            drop(d.map(page()).unwrap());
+            let s = e.subscribe_mirror(Box::new(Late(vec![], true)), Interest::MIRROR);
+            println!("{s:?}");
+        }),
+        "deadlock"
+    );
+}
+#[test]
+fn subscribe_with_a_pending_ack_is_waited_for_by_filled() {
+    let (_i, e, d) = setup();
+    drop(d.map(page()).unwrap());
+    let mut subscription = e.subscribe_mirror(Box::new(Late(vec![], false)), Interest::MIRROR).unwrap();
+    assert!(!subscription.filled().is_complete());
+}
+#[test]
+fn save_is_refused_while_an_addition_is_not_acknowledged() {
+    let (i, e, d) = setup();
+    let _s = e.subscribe_mirror(Box::new(Late(vec![], false)), Interest::MIRROR).unwrap();
+    let _c = d.map(page()).unwrap();
+    assert!(i.save().is_err());
+}
+/// A cache whose invalidations fail.
+struct Failing;
+impl Cache for Failing {
+    fn install(&mut self, _: &Mapping) {}
+    fn invalidate(&mut self, _: IovaRange) -> Ack {
+        let (a, r) = Ack::pending();
+        drop(r);
+        a
+    }
+    fn fence(&mut self) -> Result<(), FenceFailed> {
+        Ok(())
+    }
+}
+struct Quiet;
+impl Cache for Quiet {
+    fn install(&mut self, _: &Mapping) {}
+    fn invalidate(&mut self, _: IovaRange) -> Ack {
+        Ack::Done
+    }
+    fn fence(&mut self) -> Result<(), FenceFailed> {
+        Ok(())
+    }
+}
+#[test]
+fn a_new_cache_brings_a_fenced_endpoint_back() {
+    let (_i, e, d) = setup();
+    let s = e.subscribe_cache(Box::new(Failing), Interest::CACHE).unwrap();
+    drop(d.map(page()).unwrap());
+    d.unmap(page().range).unwrap().wait().unwrap();
+    assert!(e.is_fenced());
+    drop(s.leave());
+    let _s = e.subscribe_cache(Box::new(Quiet), Interest::CACHE).unwrap();
+    assert!(!e.is_fenced());
+}
+struct Seen(std::sync::Arc<std::sync::Mutex<Vec<View>>>);
+impl Observer for Seen {
+    fn changed(&mut self, _: Space, _: &Change) {}
+    fn moved(&mut self, _: EndpointId, to: View) {
+        self.0.lock().unwrap().push(to);
+    }
+}
+#[test]
+fn an_observer_hears_that_its_endpoint_is_blocked() {
+    let (_i, e, _d) = setup();
+    let seen = std::sync::Arc::default();
+    let _s = e
+        .subscribe_observer(Box::new(Seen(std::sync::Arc::clone(&seen))), Interest::all_of(Kinds::MAP))
+        .unwrap();
+    drop(e.block().unwrap());
+    assert_eq!(*seen.lock().unwrap(), [View::Blocked]);
+}
