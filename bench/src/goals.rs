@@ -251,7 +251,7 @@ fn g14(run: &mut Run) -> Rows {
     let what = "pair at fresh random addresses in 2^47, 1000 live".to_owned();
     let pair = run.row(("G14", what), (Work::Fresh, "pair"), ("ns", AtMost(300.0)), &[])?;
     let what = format!("memory grown over {} M such pairs", run.effort.fresh_pairs() as f64 / 1e6);
-    // Some pages of the allocator's are no growth.
+    // A few pages that free memory had not touched before are no growth.
     let growth = run.row(("G14", what), (Work::Fresh, "growth"), ("KiB", AtMost(64.0)), &[])?;
     Ok(vec![pair.done(), growth.done()])
 }

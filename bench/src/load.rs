@@ -81,6 +81,11 @@ impl Effort {
         self.pick(1 << 20, 1 << 18, 1 << 10)
     }
 
+    /// How often all that is short is measured, each time in other seconds.
+    pub(crate) fn passes(self) -> usize {
+        self.pick(3, 1, 1)
+    }
+
     /// Rounds of a figure of one thread.
     pub(crate) fn rounds(self) -> usize {
         self.pick(7, 3, 1)

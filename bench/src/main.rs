@@ -77,8 +77,14 @@ fn main() -> anyhow::Result<ExitCode> {
     let wanted = chosen.iter().flat_map(|goal| goal.needs).copied().collect();
     let mut run = Run { effort, cells: Cells::new(effort, wanted) };
     let mut rows = Vec::new();
-    for goal in chosen {
-        rows.extend((goal.rows)(&mut run)?);
+    for pass in 0..effort.passes() {
+        if pass > 0 {
+            run.cells.once_more()?;
+        }
+        rows.clear();
+        for goal in &chosen {
+            rows.extend((goal.rows)(&mut run)?);
+        }
     }
     if options.json {
         println!("{}", report::json(&rows)?);

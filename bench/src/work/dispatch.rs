@@ -10,8 +10,9 @@ use crate::ours::{self, Idle, Ours, range};
 use crate::peers::List;
 use crate::work::{Figures, dense};
 
-/// Pages mapped: few, so that the table stays in the cache and only the consumers make a difference.
-const LIVE: u64 = 1024;
+/// Pages mapped: few, so that the table stays in the cache and only the consumers make a difference; and so many that
+/// it has no small nodes.
+const LIVE: u64 = 1 << 14;
 
 /// A unit with consumers: those that hear of everything, those with another window, those with another kind.
 struct Case {

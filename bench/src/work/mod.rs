@@ -58,6 +58,14 @@ pub(crate) enum Work {
     EmptyReplay,
 }
 
+impl Work {
+    /// Whether it takes a second or two and is about time of one thread.
+    pub(crate) fn is_short(self) -> bool {
+        use Work::{Attach, Dispatch, EmptyReplay, Guard, Huge, IdleReaders, Small};
+        matches!(self, Small | Huge | Dispatch | IdleReaders | Guard | Attach | EmptyReplay)
+    }
+}
+
 /// Whose work it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(crate) enum Who {
