@@ -13,24 +13,25 @@ pub(crate) struct Lens {
     pub(crate) reach: Reach,
     /// Inside an identity view: the apertures less the reserved regions, in the domain's addresses.
     clip_to: Option<Vec<IovaRange>>,
-    /// Nothing to clip, nothing to check: every piece of memory goes to the mirror as it is.
+    /// Nothing to clip or to leave out: every piece of memory is one extent, as it is.
+    pub(crate) straight: bool,
+    /// Straight, and nothing to check.
     pub(crate) plain: bool,
 }
 
 impl Lens {
     pub(crate) fn new(interest: Interest, reach: Reach) -> Self {
-        let mut lens = Self { interest, reach, clip_to: None, plain: false };
+        let mut lens = Self { interest, reach, clip_to: None, straight: false, plain: false };
         lens.settle();
         lens
     }
 
     fn settle(&mut self) {
-        self.plain = self.clip_to.is_none()
-            && self.interest.window == IovaRange::ALL
-            && self.interest.offset == 0
-            && self.reach.apertures == [IovaRange::ALL]
-            && self.reach.granule() <= PAGE
-            && self.reach.entries.is_none();
+        let whole =
+            self.clip_to.is_none() && self.interest.window == IovaRange::ALL && self.interest.offset == 0;
+        let anywhere = self.reach.apertures == [IovaRange::ALL] && self.reach.granule() <= PAGE;
+        self.straight = whole && (anywhere || self.reach.out_of_reach == OutOfReach::Fence);
+        self.plain = whole && anywhere && self.reach.entries.is_none();
     }
 
     pub(crate) fn set_clip(&mut self, clip_to: Option<Vec<IovaRange>>) {
@@ -61,13 +62,20 @@ impl Lens {
         parts
     }
 
+    /// Whether any of `pieces`, which ascend, may lie in the window.
+    #[inline]
+    pub(crate) fn sees(&self, pieces: &[Mapping]) -> bool {
+        let (Some(first), Some(last)) = (pieces.first(), pieces.last()) else { return false };
+        self.interest.window.overlaps(first.range.hull(last.range))
+    }
+
     /// Appends the extents of `piece`. Unreachable ones included, except in an identity view and where they are
     /// declared to be left out.
     pub(crate) fn extents(&self, piece: &Mapping, out: &mut Vec<Mapping>) {
         if piece.target == Target::Mmio && !self.reach.mmio {
             return;
         }
-        if self.plain {
+        if self.straight {
             out.push(*piece);
             return;
         }
