@@ -59,7 +59,7 @@ impl Cells {
         let short = self.done.iter().filter(|(cell, figures)| cell.0.is_short() && figures.is_some());
         let short: Vec<_> = short.map(|(cell, _)| *cell).collect();
         for (work, who) in short {
-            let again = self.run(work, who)?;
+            let again = self.run(work, who, true)?;
             if let Some(Some(figures)) = self.done.get_mut(&(work, who)) {
                 for (name, rounds) in again {
                     figures.entry(name).or_default().extend(rounds);
@@ -71,14 +71,14 @@ impl Cells {
 
     fn measure(&mut self, work: Work, who: Who) -> anyhow::Result<()> {
         if !self.done.contains_key(&(work, who)) {
-            let figures = self.run(work, who)?;
+            let figures = self.run(work, who, false)?;
             self.done.insert((work, who), Some(figures));
         }
         Ok(())
     }
 
-    /// In a process of its own.
-    fn run(&self, work: Work, who: Who) -> anyhow::Result<Figures> {
+    /// In a process of its own; `again`: without what needs the table to be made anew each time.
+    fn run(&self, work: Work, who: Who, again: bool) -> anyhow::Result<Figures> {
         let name = |value: &dyn Fn() -> Option<clap::builder::PossibleValue>| {
             value().map(|value| value.get_name().to_owned()).unwrap_or_default()
         };
@@ -87,7 +87,9 @@ impl Cells {
         let mut command = Command::new(env::current_exe()?);
         command.args([CELL, &work_name, &name(&|| who.to_possible_value())]);
         command.arg(name(&|| self.effort.to_possible_value()));
-        command.args(self.wanted.iter().filter(|(of, _)| *of == work).map(|(_, figure)| figure));
+        let wanted = self.wanted.iter().filter(|(of, figure)| *of == work && !(again && *figure == "bulk"));
+        // The first keeps the list from being empty, which would mean everything.
+        command.arg("memory").args(wanted.map(|(_, figure)| figure));
         let output = command.stdin(Stdio::null()).output()?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);

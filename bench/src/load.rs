@@ -83,7 +83,7 @@ impl Effort {
 
     /// How often all that is short is measured, each time in other seconds.
     pub(crate) fn passes(self) -> usize {
-        self.pick(3, 1, 1)
+        self.pick(2, 1, 1)
     }
 
     /// Rounds of a figure of one thread.

@@ -59,10 +59,10 @@ pub(crate) enum Work {
 }
 
 impl Work {
-    /// Whether it takes a second or two and is about time of one thread.
+    /// Whether it takes some seconds at most and is about time of one thread.
     pub(crate) fn is_short(self) -> bool {
-        use Work::{Attach, Dispatch, EmptyReplay, Guard, Huge, IdleReaders, Small};
-        matches!(self, Small | Huge | Dispatch | IdleReaders | Guard | Attach | EmptyReplay)
+        use Work::{Attach, Big, Dispatch, EmptyReplay, Guard, Huge, IdleReaders, Small};
+        matches!(self, Small | Big | Huge | Dispatch | IdleReaders | Guard | Attach | EmptyReplay)
     }
 }
 
