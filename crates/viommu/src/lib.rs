@@ -90,6 +90,9 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+#[cfg(feature = "fuzzing")]
+extern crate self as viommu;
+
 pub mod ack;
 pub mod addr;
 mod audit;
@@ -99,6 +102,9 @@ mod deliver;
 pub mod domain;
 pub mod endpoint;
 pub mod error;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod iommu;
 pub mod mapping;
 mod quiesce;

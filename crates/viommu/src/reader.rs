@@ -34,6 +34,12 @@ impl Translation {
     pub fn bytes_from(&self, iova: Iova) -> u64 {
         self.last.0.saturating_sub(iova.0).saturating_add(1)
     }
+
+    /// Whether `next`, the answer for `at`, goes on linearly behind this one, the answer for `run`.
+    fn goes_on(&self, run: Iova, at: Iova, next: &Self) -> bool {
+        let gpa = self.gpa.0.checked_add(at.0.wrapping_sub(run.0));
+        gpa == Some(next.gpa.0) && (self.access, self.place) == (next.access, next.place)
+    }
 }
 
 /// What a translated address reaches.
@@ -504,7 +510,7 @@ impl Sight {
             (Medium::Rom, _) => (Place::Rom, hit.access & Access::READ),
             (Medium::Mmio, _) | (_, Target::Mmio) => (Place::Mmio, hit.access),
         };
-        if !allowed.contains(access) {
+        if !allowed.contains(access) || allowed.is_empty() {
             return Err(self.fault(iova, access, FaultReason::Permission));
         }
         let left = hit.left.min(extent.range.last().0.wrapping_sub(hit.gpa.0)).min(stop.wrapping_sub(iova.0));
@@ -532,11 +538,19 @@ impl Sight {
     }
 
     fn collect(&self, range: IovaRange, access: Access, pieces: &mut Vec<Translation>) -> Result<(), Fault> {
-        let mut at = range.start();
+        let (mut at, mut run) = (range.start(), range.start());
+        let first = pieces.len();
         loop {
             let piece = self.translate(at, access)?;
             let last = piece.last.min(range.last());
-            pieces.push(Translation { last, ..piece });
+            match pieces.get_mut(first..).and_then(|own| own.last_mut()) {
+                // Leaves of one mapping, or neighbours that go on linearly, are one piece.
+                Some(before) if before.goes_on(run, at, &piece) => before.last = last,
+                _ => {
+                    run = at;
+                    pieces.push(Translation { last, ..piece });
+                }
+            }
             match last.checked_add(1) {
                 Some(next) if last < range.last() => at = next,
                 _ => return Ok(()),
@@ -551,9 +565,33 @@ impl Sight {
         }
         // From the start of the page on: all of a page is one mapping, and regions are made of pages.
         let start = Iova(iova.0 & !(PAGE - 1));
-        let range = IovaRange::new(start, answer.last).unwrap_or(IovaRange::ALL);
+        let last = self.run_on(iova, access, answer).unwrap_or(answer.last);
+        let range = IovaRange::new(start, last).unwrap_or(IovaRange::ALL);
         let gpa = Gpa(answer.gpa.0.wrapping_sub(iova.0.wrapping_sub(start.0)));
         let target = if answer.place == Place::Mmio { Target::Mmio } else { Target::Ram };
         Ok(Mapping { range, gpa, access: answer.access, target })
     }
+
+    /// The last address up to which the mapping behind `answer` goes on, over a bounded number of leaves; `None` when
+    /// the record changed meanwhile.
+    fn run_on(&self, iova: Iova, access: Access, answer: Translation) -> Option<Iova> {
+        let (table, domain) = (self.table.as_ref()?, self.domain.as_ref()?);
+        let version = domain.version.load(Ordering::Acquire);
+        if version & 1 != 0 || self.translate(iova, access).ok()? != answer {
+            return None;
+        }
+        let mut last = answer.last;
+        for _ in 0..LEAVES {
+            let Some(next) = last.checked_add(1).filter(|next| table.leaf(*next).goes_on()) else { break };
+            match self.translate(next, access) {
+                Ok(more) if answer.goes_on(iova, next, &more) => last = more.last,
+                _ => break,
+            }
+        }
+        fence(Ordering::Acquire);
+        (domain.version.load(Ordering::Relaxed) == version).then_some(last)
+    }
 }
+
+/// Leaves that one fill of a cache looks at: 2 MiB of 4 KiB pages.
+const LEAVES: usize = 511;

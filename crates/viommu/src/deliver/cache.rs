@@ -15,7 +15,7 @@ use crate::sync::{Arc, Mutex, lock};
 pub(crate) struct CacheSeat {
     pub(crate) sub: Arc<Sub>,
     pub(crate) interest: Interest,
-    /// What it fills from, when it follows no endpoint.
+    /// What it sees, where it follows no endpoint.
     pub(crate) own: Option<Arc<EndpointShared>>,
     channel: Mutex<Channel>,
 }
@@ -27,15 +27,13 @@ struct Channel {
 }
 
 impl CacheSeat {
-    /// A cache that fills from `shared`: its endpoint's, or one of its own.
     pub(crate) fn new(
         sub: Arc<Sub>,
         interest: Interest,
+        own: Option<Arc<EndpointShared>>,
         cache: Box<dyn Cache>,
-        shared: &Arc<EndpointShared>,
+        reader: Reader,
     ) -> Arc<Self> {
-        let reader = Reader::new(shared, &format!("cache {}", sub.id()));
-        let own = shared.id.is_none().then(|| shared.clone());
         let channel = Mutex::new(Channel { cache, reader, counts: Counts::default() });
         Arc::new(Self { sub, interest, own, channel })
     }
@@ -78,10 +76,12 @@ impl CacheSeat {
 
     pub(crate) fn fence(&self) -> Result<(), FenceFailed> {
         self.sub.set_fenced();
+        let _callback = CallbackScope::enter();
         lock(&self.channel).cache.fence()
     }
 
     pub(crate) fn held(&self) -> Option<Vec<Mapping>> {
+        let _callback = CallbackScope::enter();
         lock(&self.channel).cache.held()
     }
 

@@ -13,6 +13,8 @@ pub(crate) struct Lens {
     pub(crate) reach: Reach,
     /// Inside an identity view: the apertures less the reserved regions, in the domain's addresses.
     clip_to: Option<Vec<IovaRange>>,
+    /// Here the guest cannot be refused.
+    may_leave_out: bool,
     /// Nothing to clip or to leave out: every piece of memory is one extent, as it is.
     pub(crate) straight: bool,
     /// Straight, and nothing to check.
@@ -21,7 +23,8 @@ pub(crate) struct Lens {
 
 impl Lens {
     pub(crate) fn new(interest: Interest, reach: Reach) -> Self {
-        let mut lens = Self { interest, reach, clip_to: None, straight: false, plain: false };
+        let mut lens =
+            Self { interest, reach, clip_to: None, may_leave_out: false, straight: false, plain: false };
         lens.settle();
         lens
     }
@@ -30,12 +33,14 @@ impl Lens {
         let whole =
             self.clip_to.is_none() && self.interest.window == IovaRange::ALL && self.interest.offset == 0;
         let anywhere = self.reach.apertures == [IovaRange::ALL] && self.reach.granule() <= PAGE;
-        self.straight = whole && (anywhere || self.reach.out_of_reach == OutOfReach::Fence);
+        self.straight = whole && (anywhere || !self.leaves_out());
         self.plain = whole && anywhere && self.reach.entries.is_none();
     }
 
-    pub(crate) fn set_clip(&mut self, clip_to: Option<Vec<IovaRange>>) {
+    /// Comes to an address space: what of an identity view it may hold, and whether the guest can be refused there.
+    pub(crate) fn set_space(&mut self, clip_to: Option<Vec<IovaRange>>, refusable: bool) {
         self.clip_to = clip_to;
+        self.may_leave_out = !refusable;
         self.settle();
     }
 
@@ -48,9 +53,10 @@ impl Lens {
     pub(crate) fn identity_clip(&self, regions: &[Region]) -> Vec<IovaRange> {
         let mut parts: Vec<IovaRange> = Vec::new();
         for aperture in &self.reach.apertures {
-            // Inside the window, which does not wrap with the offset.
-            let seen = aperture.intersect(self.interest.outward(self.interest.window));
-            let Some(aperture) = seen.and_then(|seen| self.interest.inward(seen)) else { continue };
+            // Inside the window, where addresses do not wrap with the offset.
+            let window = self.interest.outward(self.interest.window);
+            let inside = aperture.intersect(window).and_then(|a| self.interest.inward(a));
+            let Some(aperture) = inside else { continue };
             let mut at = Some(aperture.start());
             for region in regions.iter().filter(|r| r.range.overlaps(aperture)) {
                 let before = region.range.start().0.checked_sub(1).map(Iova);
@@ -60,6 +66,11 @@ impl Lens {
             parts.extend(at.and_then(|at| IovaRange::new(at, aperture.last())));
         }
         parts
+    }
+
+    /// Whether what is out of reach here is left out.
+    fn leaves_out(&self) -> bool {
+        self.may_leave_out && self.reach.out_of_reach == OutOfReach::LeaveOut
     }
 
     /// Whether any of `pieces`, which ascend, may lie in the window.
@@ -80,7 +91,7 @@ impl Lens {
             return;
         }
         let Some(clipped) = piece.clip(self.interest.window) else { return };
-        let leave_out = self.reach.out_of_reach == OutOfReach::LeaveOut;
+        let leave_out = self.leaves_out();
         let mut push = |m: Mapping| {
             let extent = Mapping { range: self.interest.outward(m.range), ..m };
             if !(leave_out && self.reach.refuses(&extent).is_some()) {
@@ -89,8 +100,23 @@ impl Lens {
         };
         match &self.clip_to {
             None => push(clipped),
-            Some(parts) => parts.iter().filter_map(|part| clipped.clip(*part)).for_each(&mut push),
+            Some(parts) => {
+                let parts = parts.iter().filter_map(|part| self.whole_pages(&clipped.clip(*part)?));
+                parts.for_each(&mut push);
+            }
         }
+    }
+
+    /// What of an identity extent is made of the host's pages.
+    fn whole_pages(&self, extent: &Mapping) -> Option<Mapping> {
+        let mask = self.reach.granule().wrapping_sub(1);
+        let outward = self.interest.outward(extent.range);
+        let start = outward.start().0.checked_add(mask)? & !mask;
+        let end = (u128::from(outward.last().0) + 1) & !u128::from(mask);
+        let last = u64::try_from(end.checked_sub(1)?).ok()?;
+        let range = self.interest.inward(IovaRange::new(Iova(start), Iova(last))?)?;
+        // An offset that is none of the host's pages leaves nothing that it can hold.
+        extent.clip(range).filter(|m| m.gpa.0 & mask == 0)
     }
 }
 

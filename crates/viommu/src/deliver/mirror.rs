@@ -6,8 +6,10 @@ use crate::deliver::lens::Lens;
 use crate::deliver::{Counts, Sub};
 use crate::domain::SCRATCH;
 use crate::domain::dirty::{DirtyLog, note_dirty};
+use crate::error::Incident;
 use crate::mapping::{Mapping, Target};
 use crate::quiesce::completion::Completion;
+use crate::quiesce::scope::CallbackScope;
 use crate::subscribe::{DirtyBitmap, FenceFailed, Interest, Mirror, Refused, Unmapped, Unreachable};
 use crate::sync::Arc;
 
@@ -48,7 +50,10 @@ pub(crate) type Failure = String;
 
 impl MirrorSeat {
     pub(crate) fn new(sub: Arc<Sub>, interest: Interest, mirror: Box<dyn Mirror>) -> Self {
-        let reach = mirror.reach();
+        let reach = {
+            let _callback = CallbackScope::enter();
+            mirror.reach()
+        };
         Self {
             sub,
             lens: Lens::new(interest, reach),
@@ -64,8 +69,8 @@ impl MirrorSeat {
     }
 
     /// Comes to an address space, holding nothing.
-    pub(crate) fn arrive(&mut self, clip_to: Option<Vec<IovaRange>>) {
-        self.lens.set_clip(clip_to);
+    pub(crate) fn arrive(&mut self, clip_to: Option<Vec<IovaRange>>, refusable: bool) {
+        self.lens.set_space(clip_to, refusable);
         self.cursor = Some(Iova(0));
     }
 
@@ -172,7 +177,10 @@ impl MirrorSeat {
         }
         if self.in_step {
             self.in_step = false;
-            let ack = self.mirror.commit();
+            let ack = {
+                let _callback = CallbackScope::enter();
+                self.mirror.commit()
+            };
             self.note(ack, done);
         }
     }
@@ -342,11 +350,27 @@ impl MirrorSeat {
         self.live = false;
         self.in_step = false;
         self.sub.set_fenced();
+        let _callback = CallbackScope::enter();
         self.mirror.fence()
+    }
+
+    /// Cuts the device off, and tells the embedder. `false`: that failed.
+    pub(crate) fn fence_and_tell(&mut self, why: &str) -> bool {
+        if !self.live {
+            return true;
+        }
+        let (subscription, endpoint) = (self.sub.id(), self.sub.endpoint());
+        let outcome = self.fence();
+        self.sub.alarm(&match &outcome {
+            Ok(()) => Incident::Fenced { subscription, endpoint, why: why.into() },
+            Err(failed) => Incident::FenceFailed { subscription, endpoint, why: format!("{why}; {failed}") },
+        });
+        outcome.is_ok()
     }
 
     /// What the mirror says it holds.
     pub(crate) fn held(&self) -> Vec<Mapping> {
+        let _callback = CallbackScope::enter();
         self.mirror.held()
     }
 }

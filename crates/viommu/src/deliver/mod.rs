@@ -10,6 +10,7 @@ use crate::addr::GpaRange;
 use crate::backing::{Backing, Medium};
 use crate::change::Change;
 use crate::endpoint::{EndpointId, EndpointShared, Sight};
+use crate::error::Incident;
 use crate::iommu::unit::{Totals, Unit};
 use crate::mapping::{Access, Mapping, Target};
 use crate::subscribe::{Interest, Kinds, Observer, Space};
@@ -68,6 +69,10 @@ impl Sub {
         lock_std(&self.serves).retain(|e| e.id != Some(id));
     }
 
+    pub(crate) fn serves(&self, id: EndpointId) -> bool {
+        lock_std(&self.serves).iter().any(|e| e.id == Some(id))
+    }
+
     pub(crate) fn serves_nobody(&self) -> bool {
         lock_std(&self.serves).is_empty()
     }
@@ -75,6 +80,12 @@ impl Sub {
     /// The counters of its unit.
     pub(crate) fn totals(&self) -> Option<Arc<Totals>> {
         self.unit.upgrade().map(|unit| unit.totals.clone())
+    }
+
+    pub(crate) fn alarm(&self, incident: &Incident) {
+        if let Some(totals) = self.totals() {
+            totals.alarm(incident);
+        }
     }
 
     /// Fences the subscriber from outside a step; `false` when that failed.

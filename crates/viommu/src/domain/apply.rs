@@ -7,7 +7,7 @@ use crate::deliver::backed;
 use crate::deliver::mirror::{AddError, MirrorSeat};
 use crate::domain::inner::{DomainInner, DomainState};
 use crate::domain::{SCRATCH, exchange};
-use crate::error::{Cap, Incident, StepErrorKind};
+use crate::error::{Cap, StepErrorKind};
 use crate::mapping::Mapping;
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
@@ -129,7 +129,7 @@ impl DomainInner {
             let claimed = (plan.removed.len() as u64).saturating_add(grown);
             self.totals.give_back(claimed.saturating_sub(now as u64));
         };
-        if let Err(kind) = self.check_and_reserve(state, plan) {
+        if let Err(kind) = self.check_and_reserve(state, plan, done) {
             self.totals.give_back(grown);
             return Err(kind);
         }
@@ -160,10 +160,12 @@ impl DomainInner {
         refused
     }
 
-    fn check_and_reserve(&self, state: &mut DomainState, plan: &Plan<'_>) -> Result<(), StepErrorKind> {
-        if !plan.added.is_empty() && state.seats.mirrors.iter().any(|seat| !seat.lens.plain) {
-            self.check_reach(state, plan)?;
-        }
+    fn check_and_reserve(
+        &self,
+        state: &mut DomainState,
+        plan: &Plan<'_>,
+        done: &mut Completion,
+    ) -> Result<(), StepErrorKind> {
         if plan.added.is_empty() {
             return Ok(());
         }
@@ -173,12 +175,26 @@ impl DomainInner {
             // Either of the two will be inserted.
             state.writer.reserve(&[plan.added, plan.fallback].concat())
         };
-        reserved.map_err(|_| StepErrorKind::Cap(Cap::TableBytes))
+        reserved.map_err(|_| StepErrorKind::Cap(Cap::TableBytes))?;
+        // Last: it fences where it cannot refuse.
+        if state.seats.mirrors.iter().any(|seat| !seat.lens.plain) {
+            let outcome = self.check_reach(state, plan, done);
+            if outcome.is_err() {
+                state.writer.give_up();
+            }
+            return outcome;
+        }
+        Ok(())
     }
 
     /// Everything that a mirror can be known to refuse is refused here, before anything is published. Where the guest
     /// cannot be refused, the mirror is fenced instead.
-    fn check_reach(&self, state: &mut DomainState, plan: &Plan<'_>) -> Result<(), StepErrorKind> {
+    fn check_reach(
+        &self,
+        state: &mut DomainState,
+        plan: &Plan<'_>,
+        done: &mut Completion,
+    ) -> Result<(), StepErrorKind> {
         let refusable = state.refusable && plan.added != plan.fallback;
         let DomainState { seats, backing, pieces, .. } = state;
         let mut removed = Vec::new();
@@ -192,12 +208,9 @@ impl DomainInner {
                 if refusable {
                     return Err(kind);
                 }
-                // The removals of this step are still ahead: a fenced mirror needs none of them.
-                let mut stuck = Completion::ready();
-                self.fence_seat(seat, &kind.to_string(), &mut stuck);
-                if stuck.is_stuck() {
-                    return Err(kind);
-                }
+                // The removals of this step are still ahead: a fenced mirror needs none of them. If the fence fails the
+                // step never completes, but all others lose what is removed.
+                self.fence_seat(seat, &kind.to_string(), done);
             }
         }
         Ok(())
@@ -328,8 +341,15 @@ impl DomainInner {
     /// Gives all mirrors what goes back into the record. Who refuses what it held before is fenced.
     fn fall_back(&self, state: &mut DomainState, plan: &Plan<'_>, done: &mut Completion) {
         let backing = state.backing.clone();
+        for seat in state.seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
+            // Kept for an exchange that does not come, and gone for the guest.
+            if let Err(failure) = exchange::drop_kept(seat, &backing, plan, done, &mut state.dirty) {
+                self.fence_seat(seat, &failure, done);
+            }
+        }
         for m in plan.fallback {
             for seat in state.seats.mirrors.iter_mut().filter(|seat| !seat.still_holds(m)) {
+                seat.stretch(m);
                 let mut failure = None;
                 backed(&backing, m, &mut |piece| {
                     if seat.is_live() && failure.is_none() {
@@ -345,18 +365,9 @@ impl DomainInner {
 
     /// Cuts a mirror off. If that fails the step never completes, and the embedder hears of it.
     pub(crate) fn fence_seat(&self, seat: &mut MirrorSeat, why: &str, done: &mut Completion) {
-        if !seat.is_live() {
-            return;
+        if !seat.fence_and_tell(why) {
+            done.set_stuck();
         }
-        let (subscription, endpoint) = (seat.sub.id(), seat.sub.endpoint());
-        let incident = match seat.fence() {
-            Ok(()) => Incident::Fenced { subscription, endpoint, why: why.into() },
-            Err(failed) => {
-                done.set_stuck();
-                Incident::FenceFailed { subscription, endpoint, why: format!("{why}; {failed}") }
-            }
-        };
-        self.totals.alarm(&incident);
     }
 
     #[inline]

@@ -4,7 +4,7 @@ use crate::backing::Backing;
 use crate::deliver::backed;
 use crate::deliver::mirror::{AddError, Failure, MirrorSeat};
 use crate::domain::apply::Plan;
-use crate::domain::dirty::DirtyLog;
+use crate::domain::dirty::{DirtyLog, note_dirty};
 use crate::mapping::Mapping;
 use crate::quiesce::completion::Completion;
 
@@ -56,6 +56,8 @@ pub(crate) fn add_all(
         if let (Some(old), Some(old_piece), Some(new_piece)) = (kept, old_piece, pieces.first()) {
             match seat.replace(&old_piece, new_piece, done) {
                 Some(Ok(())) => {
+                    // Nobody says what was written through the old one.
+                    note_dirty(dirty, &[old_piece], None);
                     seat.swap.exchanged.push((old_piece, *new_piece));
                     continue;
                 }
@@ -80,6 +82,22 @@ pub(crate) fn add_all(
     Ok(())
 }
 
+/// Takes away what was kept for an exchange and is not to come back.
+pub(crate) fn drop_kept(
+    seat: &mut MirrorSeat,
+    backing: &Backing,
+    plan: &Plan<'_>,
+    done: &mut Completion,
+    dirty: &mut Option<DirtyLog>,
+) -> Result<(), Failure> {
+    let mut kept = core::mem::take(&mut seat.swap.kept);
+    for old in kept.extract_if(.., |old| over(plan.fallback, old) != Some(old)) {
+        seat.remove(&pieces_of(backing, &old), done, dirty)?;
+    }
+    seat.swap.kept = kept;
+    Ok(())
+}
+
 /// Takes back what [`add_all`] did: afterwards the mirror holds every old mapping that was kept.
 pub(crate) fn undo(
     seat: &mut MirrorSeat,
@@ -97,7 +115,9 @@ pub(crate) fn undo(
     }
     for (old, new) in core::mem::take(&mut seat.swap.exchanged) {
         match seat.replace(&new, &old, done) {
-            Some(Ok(())) => {}
+            Some(Ok(())) => {
+                note_dirty(dirty, &[new], None);
+            }
             Some(Err(refused)) => return Err(format!("could not put {} back: {refused}", old.range)),
             None => return Err(format!("could not put {} back", old.range)),
         }

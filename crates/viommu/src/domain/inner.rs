@@ -9,7 +9,7 @@ use crate::iommu::unit::Totals;
 use crate::mapping::Mapping;
 use crate::quiesce::space;
 use crate::reader::Walker;
-use crate::subscribe::Space;
+use crate::subscribe::{Kinds, Space};
 use crate::sync::{Arc, AtomicU64, Mutex, StdArc};
 use crate::table::{Table, Writer};
 
@@ -79,6 +79,8 @@ pub(crate) struct DomainState {
     pub(crate) backing: Arc<Backing>,
     /// Regions of the endpoints that are here: no mapping may cover them.
     pub(crate) regions: Vec<(EndpointId, Region)>,
+    /// The kinds that the model has been told are wanted here.
+    pub(crate) told: Kinds,
     pub(crate) dirty: Option<DirtyLog>,
     /// The most mappings here; `None`: no limit but memory.
     pub(crate) limit: Option<u64>,
@@ -95,5 +97,10 @@ pub(crate) struct DomainState {
 impl DomainInner {
     pub(crate) fn is_identity(&self) -> bool {
         self.space == Space::Identity
+    }
+
+    /// Whether the guest can be told of a refusal.
+    pub(crate) fn is_refusable(&self) -> bool {
+        self.walker.is_none() && !self.is_identity()
     }
 }

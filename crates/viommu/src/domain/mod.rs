@@ -70,6 +70,7 @@ impl Domain {
     /// Visits every mapping that touches `range`, whole, in ascending order, under the domain's lock: `visit` must not
     /// call back into the domain. Returns early when it breaks.
     pub fn for_each(&self, range: IovaRange, mut visit: impl FnMut(Mapping) -> ControlFlow<()>) {
+        let _scope = StepScope::enter();
         let state = lock(&self.0.state);
         let _callback = CallbackScope::enter();
         state.writer.for_each(range, &mut visit);

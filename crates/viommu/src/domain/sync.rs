@@ -43,7 +43,8 @@ impl Domain {
     /// At most about `limit` extents are looked at in one call, which says where to go on.
     ///
     /// # Errors
-    /// [`StepErrorKind::WrongKind`] where the record is viommu's own; caps. The guest cannot be refused: a mirror that
+    /// [`StepErrorKind::WrongKind`] where the record is viommu's own; caps: what is gone has been removed then, and
+    /// what is new is not there. The guest cannot be refused: a mirror that
     /// cannot follow is fenced, or the extent left out, as its [`Reach`](crate::subscribe::Reach) says.
     pub fn sync(&self, range: IovaRange, walk: &mut dyn Walk, limit: usize) -> Result<Progress, StepError> {
         let _scope = StepScope::enter().map_err(|_| StepErrorKind::InCallback)?;
@@ -85,10 +86,16 @@ impl DomainInner {
             }
             fits
         });
-        self.run(state, &[Op::Assign(compared, legal)], true, done)?;
+        let mut outcome = self.run(state, &[Op::Assign(compared, legal.clone())], true, done);
+        if outcome.is_err() {
+            // A cap keeps out what is new. What the guest took away is gone all the same (L3).
+            legal.retain(|m| state.writer.next(m.range.start()) == Some(*m));
+            let gone = self.run(state, &[Op::Assign(compared, legal)], true, done);
+            outcome = outcome.and(gone);
+        }
         self.tell_caches(state, &[compared], done);
         self.note_removal(&[compared], false, done);
-        Ok(next)
+        outcome.map(|()| next)
     }
 }
 
@@ -115,8 +122,10 @@ fn gather(
     let mut last = range.last();
     let (mut at, mut seen) = (start, 0_usize);
     loop {
-        let theirs = walk.next(at, last).filter(|m| m.range.last() >= at && m.range.start() <= last);
         let ours = state.writer.next(at).filter(|m| m.range.start() <= last);
+        // Ours has to be covered whole: the guest is asked about all of it.
+        last = ours.map_or(last, |m| m.range.last().max(last));
+        let theirs = walk.next(at, last).filter(|m| m.range.last() >= at && m.range.start() <= last);
         // The nearer one first; the widest end of all that begins in front of it must be covered.
         let Some(nearest) = theirs.iter().chain(&ours).map(|m| m.range.start().max(at)).min() else { break };
         let mut end = nearest;
@@ -126,13 +135,15 @@ fn gather(
             guest.push(m);
         }
         if let Some(m) = ours.filter(|m| m.range.start() <= nearest) {
-            // The guest's extents under ours are walked next; ours only has to be covered whole.
-            last = last.max(m.range.last());
+            // The guest's extents under ours are walked next.
             if theirs.is_none_or(|t| t.range.start() > nearest) {
                 let stop = theirs.map(|t| Iova(t.range.start().0.wrapping_sub(1)));
                 end = end.max(stop.map_or_else(|| m.range.last(), |stop| stop.min(m.range.last())));
             }
         }
+        // Nor may one of ours be cut where the guest's have led.
+        let across = state.writer.next(last).filter(|m| m.range.contains(last));
+        last = across.map_or(last, |m| m.range.last());
         seen = seen.saturating_add(1);
         let Some(next) = end.checked_add(1).filter(|next| *next <= last) else { break };
         at = next;

@@ -16,22 +16,47 @@ use crate::subscribe::{Bound, Interest, Kinds, RefusalKind, Refused};
 use crate::sync::{Arc, lock};
 
 impl Unit {
-    /// Gives each of `moves` what it asks for (`None`: nothing, the default view), all or none.
+    /// Gives each of `moves` what it asks for (`None`: nothing, the default view), all or none. Who is fenced comes to
+    /// nothing but the default view, unless it is the default view that changes (`fenced_too`).
     pub(crate) fn move_all(
         &self,
         control: &mut Control,
         moves: &[(EndpointId, Option<View>)],
+        fenced_too: bool,
+    ) -> Result<Completion, AttachError> {
+        let mut views: Vec<View> = moves.iter().filter_map(|(_, to)| *to).collect();
+        let members = moves.iter().filter_map(|(id, _)| control.endpoints.get(id));
+        views.extend(members.map(|member| control.view_of(member)));
+        views.push(control.default_view());
+        let outcome = self.move_unsettled(control, moves, fenced_too);
+        for view in views {
+            if let Ok(Some(domain)) = control.space_of(view) {
+                self.settle_wanted(&domain);
+            }
+        }
+        outcome
+    }
+
+    fn move_unsettled(
+        &self,
+        control: &mut Control,
+        moves: &[(EndpointId, Option<View>)],
+        fenced_too: bool,
     ) -> Result<Completion, AttachError> {
         let mut done = Completion::ready();
         let mut movers = Vec::new();
         for (id, attached) in moves {
             let member = control.endpoints.get(id).ok_or(AttachErrorKind::NoEndpoint(*id))?;
+            // Bypass is for requests without PASID.
+            let attached = attached.or_else(|| id.pasid.map(|_| View::Blocked));
             let to = attached.unwrap_or_else(|| control.default_view());
             control.space_of(to)?;
-            if attached.is_some() && member.shared.sight().1.fenced {
+            // To nothing it may always go.
+            let comes = matches!(attached, Some(View::Domain(_) | View::Identity));
+            if comes && !fenced_too && member.shared.sight().1.fenced {
                 return Err(AttachErrorKind::Fenced(*id).into());
             }
-            movers.push((*id, control.view_of(member), to, *attached));
+            movers.push((*id, control.view_of(member), to, attached));
         }
         check_sets(control, &movers)?;
         for (id, from, to, _) in movers.iter().filter(|(_, from, to, _)| from != to) {
@@ -103,15 +128,7 @@ impl Unit {
             let why = "the guest does not announce new entries (no caching mode)";
             return Err(Refused::new(RefusalKind::Unsupported, why));
         }
-        let old = lock(&target.state).seats.wanted();
-        self.ask_producer(target.space, old, old | wanted)
-    }
-
-    /// Tells the model that some have gone.
-    fn less_wanted(&self, domain: &Arc<DomainInner>, before: Kinds) {
-        let now = lock(&domain.state).seats.wanted();
-        // It cannot refuse that.
-        let _ = self.ask_producer(domain.space, before, now);
+        self.ask_producer(target, wanted)
     }
 
     /// Moves one endpoint. On an error, `true`: it is where it was; `false`: it has nothing now.
@@ -130,10 +147,11 @@ impl Unit {
         };
         let (shared, regions, binding) = (member.shared.clone(), member.regions.clone(), member.binding);
         if let Some(binding) = binding {
-            self.rebind(control, binding, id, source.as_ref(), target.as_ref(), done)
+            // A fenced device gets nothing from its host, whatever its view, until it is bound again.
+            let given = target.as_ref().filter(|_| !shared.sight().1.fenced);
+            self.rebind(control, binding, id, source.as_ref(), given, done)
                 .map_err(|refused| (AttachErrorKind::Refused(refused), true))?;
         }
-        let wanted_before = source.as_ref().map(|s| lock(&s.state).seats.wanted());
         // A mirror cannot be at two places, and a cache that fills must be told of steps where it fills from: between
         // the old view and the new one there is none (L6).
         let followed = look_at(control, source.as_ref(), id, |seats| !seats.wanted_by(id).is_empty());
@@ -160,19 +178,12 @@ impl Unit {
                 Ok(())
             }
         };
-        if let (Some(source), Some(before)) = (&source, wanted_before) {
-            self.less_wanted(source, before);
-        }
         match outcome {
             Ok(()) => {
                 shared.publish(|sight| sight.moved_to(target.clone()));
                 Ok(())
             }
             Err((seats, error)) => {
-                if let Some(target) = &target {
-                    let before = lock(&target.state).seats.wanted() | seats.wanted();
-                    self.less_wanted(target, before);
-                }
                 let kind = AttachErrorKind::Refused(refused_of(error));
                 let back = match &source {
                     Some(source) => join(source, seats, Some(id), &regions, done).map_err(|(seats, _)| seats),
@@ -198,16 +209,38 @@ impl Unit {
     }
 
     /// Leaves an endpoint with nothing, after it could not be brought back.
-    fn block(&self, control: &mut Control, id: EndpointId, why: &str, done: &mut Completion) {
+    pub(crate) fn block(&self, control: &mut Control, id: EndpointId, why: &str, done: &mut Completion) {
         let Some(member) = control.endpoints.get_mut(&id) else { return };
         member.attached = Some(View::Blocked);
         member.shared.publish(|sight| sight.moved_to(None));
-        if let Some(binding) = member.binding.and_then(|b| control.bindings.get_mut(&b)) {
+        let binding = member.binding;
+        if let Some((number, host)) = binding.and_then(|b| Some((b, control.bindings.get_mut(&b)?))) {
             let _callback = CallbackScope::enter();
-            if binding.fence(id).is_err() {
+            if let Err(failed) = host.fence(id) {
                 done.set_stuck();
+                let why = format!("{why}; {failed}");
+                self.totals.alarm(&Incident::FenceFailed { subscription: number, endpoint: Some(id), why });
             }
         }
+        // Wherever the failure has left those that follow it, and the mirrors that its host was to use.
+        let mut seats = Seats::default();
+        for domain in control.domains.values().chain([&control.identity]) {
+            seats.append(leave(domain, id, done));
+            done.add_removal(&domain.readers, Some(id.key()), &[IovaRange::ALL]);
+            let bound: Vec<_> = {
+                let state = lock(&domain.state);
+                let bound = state.seats.mirrors.iter().filter(|s| binding.is_some() && s.binding == binding);
+                bound.map(|s| s.sub.clone()).collect()
+            };
+            for sub in bound {
+                sub.forsake(id);
+                if sub.serves_nobody() {
+                    let seats = leave_one(domain, sub.id(), done);
+                    done.let_go(seats.mirrors);
+                }
+            }
+        }
+        put_seats(control, None, id, seats);
         self.totals.alarm(&Incident::Blocked { endpoint: id, why: why.into() });
     }
 
@@ -232,6 +265,10 @@ impl Unit {
         let new = match target {
             None => None,
             Some(target) => Some(match bound(target) {
+                Some(sub) if sub.is_fenced() => {
+                    let why = format!("the mirror of {} that it shares is fenced", target.space);
+                    return Err(Refused::new(RefusalKind::Device, why));
+                }
                 Some(sub) => sub,
                 None => {
                     let mirror = {
@@ -260,9 +297,8 @@ impl Unit {
         let abandon = |domain: &Arc<DomainInner>, sub: &Arc<Sub>, done: &mut Completion| {
             sub.forsake(id);
             if sub.serves_nobody() {
-                let before = lock(&domain.state).seats.wanted();
-                drop(leave_one(domain, sub.id(), done));
-                self.less_wanted(domain, before);
+                let seats = leave_one(domain, sub.id(), done);
+                done.let_go(seats.mirrors);
             }
         };
         let ack = match outcome {

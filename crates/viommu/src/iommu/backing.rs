@@ -7,7 +7,7 @@ use crate::backing::{Backing, Extent, Medium};
 use crate::deliver::backed;
 use crate::domain::inner::DomainInner;
 use crate::domain::plan::Op;
-use crate::endpoint::Sight;
+use crate::endpoint::{EndpointShared, Sight};
 use crate::error::{StepError, StepErrorKind};
 use crate::iommu::Iommu;
 use crate::iommu::unit::Control;
@@ -79,6 +79,11 @@ impl Iommu {
         let gone = identity.run(&mut state, &[Op::Unmap(identity_of(extent).range)], false, &mut done);
         state.backing = backing;
         drop(state);
+        // Whatever was mapped to it may be in use by anybody, also where it has been unmapped since.
+        control.retired.retain(|readers| !readers.is_unused());
+        for readers in control.spaces().map(|domain| &domain.readers).chain(&control.retired) {
+            done.add_removal(readers, None, &[IovaRange::ALL]);
+        }
         match gone {
             Ok(()) => Ok(done),
             Err(kind) => Err(StepError { kind, completion: done }),
@@ -100,15 +105,13 @@ fn identity_of(extent: Extent) -> Mapping {
 
 fn publish(control: &mut Control, backing: &Arc<Backing>) {
     control.backing = backing.clone();
-    for member in control.endpoints.values() {
-        member.shared.publish(|sight| Sight { backing: backing.clone(), ..sight.copy() });
-    }
+    let publish = |shared: &EndpointShared| {
+        shared.publish(|sight| Sight { backing: backing.clone(), ..sight.copy() });
+    };
+    control.endpoints.values().for_each(|member| publish(&member.shared));
     for domain in control.spaces() {
-        for cache in &lock(&domain.state).seats.caches {
-            if let Some(own) = &cache.own {
-                own.publish(|sight| Sight { backing: backing.clone(), ..sight.copy() });
-            }
-        }
+        let state = lock(&domain.state);
+        state.seats.caches.iter().filter_map(|cache| cache.own.as_deref()).for_each(publish);
     }
 }
 
@@ -126,10 +129,8 @@ fn change_backing(domain: &DomainInner, backing: &Arc<Backing>, gpas: GpaRange, 
         ControlFlow::Continue(())
     });
     let _callback = CallbackScope::enter();
-    let mut ranges: Vec<IovaRange> = touched.iter().map(|m| m.range).collect();
     if domain.walker.is_some() {
         // The record need not tell all that the guest maps there.
-        ranges = vec![IovaRange::ALL];
         state.seats.caches.iter().for_each(|cache| cache.invalidate(IovaRange::ALL, done));
     }
     for m in touched {
@@ -137,14 +138,16 @@ fn change_backing(domain: &DomainInner, backing: &Arc<Backing>, gpas: GpaRange, 
         let (mut old, mut new) = (Vec::new(), Vec::new());
         backed(&before, &m, &mut |piece| old.push(*piece));
         backed(backing, &m, &mut |piece| new.push(*piece));
+        let gone: Vec<_> = old.iter().filter(|p| !new.contains(p)).copied().collect();
+        let came: Vec<_> = new.iter().filter(|p| !old.contains(p)).copied().collect();
         for seat in state.seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
             // Piece by piece: the extents of neighbours stay (I13).
-            let mut gone = old.iter().filter(|p| !new.contains(p));
-            let mut came = new.iter().filter(|p| !old.contains(p));
             let outcome = gone
+                .iter()
                 .try_for_each(|piece| seat.remove(core::slice::from_ref(piece), done, &mut state.dirty))
                 .and_then(|()| {
-                    let added = came.try_for_each(|piece| seat.add(piece, done));
+                    seat.check(&came, 0).map_err(|(why, range)| format!("backing of {range}: {why}"))?;
+                    let added = came.iter().try_for_each(|piece| seat.add(piece, done));
                     added.map_err(|error| format!("backing of {}: {error:?}", m.range))
                 });
             if let Err(why) = outcome {
@@ -153,7 +156,4 @@ fn change_backing(domain: &DomainInner, backing: &Arc<Backing>, gpas: GpaRange, 
         }
     }
     state.commit(done);
-    if !ranges.is_empty() {
-        domain.note_removal(&ranges, false, done);
-    }
 }

@@ -190,6 +190,7 @@ impl Builder {
             bindings: BTreeMap::new(),
             homes: BTreeMap::new(),
             next_set: 0,
+            retired: Vec::new(),
         };
         let unit = Arc::new_cyclic(|this| Unit {
             config,

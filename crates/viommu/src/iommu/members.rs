@@ -43,8 +43,12 @@ impl Iommu {
         let mut control = lock(&self.unit.control);
         let inside = control
             .spaces()
-            .flat_map(|domain| domain.readers.inside())
+            .map(|domain| &domain.readers)
+            .chain(&control.retired)
+            .flat_map(|readers| readers.inside())
             .filter_map(|slot| Some((EndpointId::from_key(slot.endpoint)?, slot.label.to_string())))
+            .collect::<std::collections::BTreeSet<_>>()
+            .into_iter()
             .collect();
         let mut done = Completion::ready();
         let mut refused = None;
@@ -62,13 +66,13 @@ impl Iommu {
         }
         for group in sets_of(&control, &attached) {
             let moves: Vec<_> = group.iter().map(|id| (*id, id.unattached())).collect();
-            match self.unit.move_all(&mut control, &moves) {
+            match self.unit.move_all(&mut control, &moves, false) {
                 Ok(completion) => done.merge(completion),
                 Err(error) => {
                     done.merge(error.completion);
                     refused = refused.or(Some(error.kind));
                     let blocks: Vec<_> = group.iter().map(|id| (*id, Some(View::Blocked))).collect();
-                    match self.unit.move_all(&mut control, &blocks) {
+                    match self.unit.move_all(&mut control, &blocks, false) {
                         Ok(completion) => done.merge(completion),
                         Err(error) => done.merge(error.completion),
                     }
@@ -144,15 +148,18 @@ impl Unit {
             if let Some(member) = control.endpoints.get_mut(&id) {
                 member.set = None;
             }
-            let gone = match self.move_all(&mut control, &[(id, Some(View::Blocked))]) {
-                Ok(completion) => completion,
-                Err(error) => error.completion,
-            };
-            done.merge(gone);
-            if let Some(member) = control.endpoints.remove(&id) {
+            match self.move_all(&mut control, &[(id, Some(View::Blocked))], false) {
+                Ok(completion) => done.merge(completion),
+                Err(error) => {
+                    done.merge(error.completion);
+                    self.block(&mut control, id, &error.kind.to_string(), &mut done);
+                }
+            }
+            if let Some(mut member) = control.endpoints.remove(&id) {
                 member.shared.publish(|sight| sight.moved_to(None));
                 control.homes.retain(|_, home| *home != Home::Endpoint(id));
                 // The subscribers go with it: empty by now, or fenced.
+                done.let_go(core::mem::take(&mut member.parked.mirrors));
                 let _callback = CallbackScope::enter();
                 drop(member.parked);
             }
@@ -208,12 +215,7 @@ impl Unit {
         // Moved as if each were attached to what the switch will say, then left to the switch.
         let to = if on { View::Identity } else { View::Blocked };
         let moves: Vec<_> = idle.iter().map(|id| (*id, Some(to))).collect();
-        // Who is fenced stays where it is: nowhere.
-        let moves: Vec<_> = moves
-            .into_iter()
-            .filter(|(id, _)| control.endpoints.get(id).is_some_and(|m| !m.shared.sight().1.fenced))
-            .collect();
-        let moved = self.move_all(control, &moves);
+        let moved = self.move_all(control, &moves, true);
         let blocked = moved.as_ref().err().map(|e| e.blocked.clone()).unwrap_or_default();
         for id in idle.iter().filter(|id| !blocked.contains(id)) {
             if let Some(member) = control.endpoints.get_mut(id) {
@@ -234,10 +236,16 @@ impl Unit {
         let gone = domain.run(&mut state, &[Op::Unmap(IovaRange::ALL)], false, &mut done);
         debug_assert!(gone.is_ok(), "a removal cannot be refused");
         state.dead = true;
-        let seats = core::mem::take(&mut state.seats);
+        let mut seats = core::mem::take(&mut state.seats);
         drop(state);
+        self.settle_wanted(&domain);
         let space = domain.space;
         control.homes.retain(|_, home| *home != Home::Space(space));
+        control.retired.retain(|readers| !readers.is_unused());
+        if !domain.readers.is_unused() {
+            control.retired.push(domain.readers.clone());
+        }
+        done.let_go(core::mem::take(&mut seats.mirrors));
         let _callback = CallbackScope::enter();
         drop(seats);
         Some(done)

@@ -146,7 +146,7 @@ impl Iommu {
     pub fn set_views(&self, moves: &[(EndpointId, Option<View>)]) -> Result<Completion, AttachError> {
         let _scope = StepScope::enter().map_err(|_| AttachErrorKind::InCallback)?;
         let mut control = lock(&self.unit.control);
-        self.unit.move_all(&mut control, moves)
+        self.unit.move_all(&mut control, moves, false)
     }
 
     /// Says that the host can move these endpoints only together (one VFIO group or container).
@@ -277,6 +277,7 @@ impl Endpoint {
     /// # Errors
     /// See [`AttachErrorKind`] and [`AttachError`].
     pub fn detach(&self) -> Result<Completion, AttachError> {
+        let _scope = StepScope::enter().map_err(|_| AttachErrorKind::InCallback)?;
         let moves: Vec<_> = {
             let control = lock(&self.iommu.unit.control);
             let pasids = control.endpoints.iter().filter(|(id, member)| {

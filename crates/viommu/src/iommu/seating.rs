@@ -11,7 +11,7 @@ use crate::endpoint::{EndpointId, Region};
 use crate::mapping::Mapping;
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
-use crate::subscribe::{Refused, Unreachable};
+use crate::subscribe::{RefusalKind, Refused, Unreachable};
 use crate::sync::{Arc, lock};
 
 /// Mappings delivered under one taking of the domain's lock, so that a replay does not stop the domain.
@@ -37,7 +37,7 @@ pub(crate) fn fits(
     regions: &[Region],
 ) -> Result<(), (Unreachable, IovaRange)> {
     let mut lens = lens.clone();
-    lens.set_clip(clip_to(domain, &lens, regions));
+    lens.set_space(clip_to(domain, &lens, regions), domain.is_refusable());
     if lens.plain {
         return Ok(());
     }
@@ -87,10 +87,17 @@ pub(crate) fn join(
         .chain(seats.observers.iter().map(|s| s.sub.id()))
         .collect();
     for seat in &mut seats.mirrors {
-        seat.arrive(clip_to(domain, &seat.lens, regions));
+        seat.arrive(clip_to(domain, &seat.lens, regions), domain.is_refusable());
     }
     {
         let mut state = lock(&domain.state);
+        // Looked at before the attach began; the domain may have changed since.
+        let meets = |r: &Region| state.writer.next(r.range.start()).filter(|m| m.range.overlaps(r.range));
+        let met = if domain.is_identity() { None } else { regions.iter().find_map(meets) };
+        if let Some(m) = met.filter(|_| endpoint.is_some()) {
+            let why = format!("the mapping at {} meets a region", m.range);
+            return Err((seats, ReplayError::Refused(Refused::new(RefusalKind::Range, why))));
+        }
         state.seats.append(seats);
         if let Some(endpoint) = endpoint {
             add_regions(&mut state, endpoint, regions);
@@ -235,4 +242,73 @@ fn dismiss(domain: &DomainInner, state: &mut DomainState, seats: &mut Seats, don
     seats.mirrors.iter_mut().for_each(|seat| empty(domain, state, seat, done));
     let _callback = CallbackScope::enter();
     seats.caches.iter().for_each(|cache| cache.invalidate(IovaRange::ALL, done));
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use crate::ack::Ack;
+    use crate::addr::Gpa;
+    use crate::domain::Tables;
+    use crate::iommu::Iommu;
+    use crate::mapping::Access;
+    use crate::subscribe::{FenceFailed, Interest, Mirror, Reach, RefusalKind, Unmapped};
+    use std::sync::Mutex;
+
+    /// Holds what it is told, and refuses one map if told so.
+    struct Holder(Arc<Mutex<(Vec<Mapping>, bool)>>);
+
+    impl Mirror for Holder {
+        fn reach(&self) -> Reach {
+            Reach::default()
+        }
+        fn map(&mut self, extent: &Mapping) -> Result<Ack, Refused> {
+            let mut held = self.0.lock().unwrap();
+            if core::mem::take(&mut held.1) {
+                return Err(Refused::new(RefusalKind::Resources, "told to refuse"));
+            }
+            assert!(!held.0.iter().any(|m| m.range.overlaps(extent.range)), "I3: {extent:?}");
+            held.0.push(*extent);
+            Ok(Ack::Done)
+        }
+        fn unmap(&mut self, range: IovaRange) -> Result<Unmapped, Refused> {
+            let mut held = self.0.lock().unwrap();
+            let gone: Vec<_> = held.0.extract_if(.., |m| m.range.overlaps(range)).collect();
+            Ok(Unmapped::done(gone.iter().map(|m| m.range.bytes()).sum()))
+        }
+        fn fence(&mut self) -> Result<(), FenceFailed> {
+            Ok(())
+        }
+        fn held(&self) -> Vec<Mapping> {
+            self.0.lock().unwrap().0.clone()
+        }
+    }
+
+    #[test]
+    fn replay_after_a_refused_step_across_its_cursor_delivers_nothing_twice() {
+        let iommu = Iommu::builder().ram(0, 1 << 20).build().unwrap();
+        let domain = iommu.create_domain(1, Tables::OwnedCut).unwrap();
+        let map = |first: u64, count: u64, gpa: u64| {
+            Mapping::new(Iova(first << 12), count << 12, Gpa(gpa << 12), Access::RW).unwrap()
+        };
+        domain.map(map(0, 5, 0)).unwrap().wait().unwrap();
+        domain.map(map(5, 5, 5)).unwrap().wait().unwrap();
+        // One that is in the middle of its replay, behind the first mapping; one that refuses.
+        let held = Arc::new(Mutex::new((vec![map(0, 5, 0)], false)));
+        let sub = crate::deliver::Sub::new(77, None, Vec::new(), iommu.unit.this.clone());
+        let mut seat = MirrorSeat::new(sub, Interest::MIRROR, Box::new(Holder(held.clone())));
+        seat.advance(Some(Iova(5 << 12)));
+        seat.counts.held = 1;
+        lock(&domain.0.state).seats.mirrors.push(seat);
+        let refuser = Arc::new(Mutex::new((Vec::new(), false)));
+        let space = crate::subscribe::Space::Domain(1);
+        let _s = iommu.subscribe_mirror(space, Box::new(Holder(refuser.clone())), Interest::MIRROR).unwrap();
+        refuser.lock().unwrap().1 = true;
+        domain.replace(map(3, 4, 100)).unwrap_err();
+        let mut done = Completion::ready();
+        replay(&domain.0, 77, &mut done).unwrap();
+        let mut now = held.lock().unwrap().0.clone();
+        now.sort();
+        assert_eq!(now, [map(0, 5, 0), map(5, 5, 5)]);
+    }
 }

@@ -16,9 +16,10 @@ use crate::iommu::{Endpoint, Iommu};
 use crate::mapping::{Access, Mapping};
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::{CallbackScope, StepScope, after_the_step, in_callback};
-use crate::reader::{Fault, FaultReason};
+use crate::reader::{Fault, FaultReason, Reader};
 use crate::subscribe::{Binding, Cache, Interest, Kinds, Mirror, Observer, Reach, Space};
 use crate::sync::{Arc, lock};
+use crate::table::PAGE;
 
 /// Whoever can be subscribed.
 enum Subscriber {
@@ -47,6 +48,12 @@ impl Subscriber {
             return Err(SubscribeError::Invalid("the window wraps with its offset"));
         }
         if let Self::Mirror(mirror) = self {
+            if !interest.window.is_aligned(PAGE) || interest.offset & (PAGE - 1) != 0 {
+                return Err(SubscribeError::Invalid(
+                    "a mirror's window and offset must be made of 4 KiB pages",
+                ));
+            }
+            let _callback = CallbackScope::enter();
             check_reach(&mirror.reach())?;
         }
         Ok(())
@@ -75,7 +82,8 @@ pub struct Subscription {
     sub: Arc<Sub>,
     interest: Interest,
     cache: Option<Arc<CacheSeat>>,
-    filled: Completion,
+    /// What the replay still has under way.
+    filling: Completion,
     open: bool,
 }
 
@@ -156,7 +164,8 @@ impl Endpoint {
     }
 
     /// Says that the host switches this endpoint with `binding` from now on. It must see nothing yet, or what it sees is
-    /// bound at once.
+    /// bound at once. A fenced endpoint that has been detached from what was fenced, and whose device has been reset, is
+    /// bound again: its way back.
     ///
     /// # Errors
     /// [`SubscribeError::Gone`], or what the binding refused.
@@ -236,7 +245,7 @@ impl Iommu {
             sub: sub.clone(),
             interest,
             cache: None,
-            filled: Completion::ready(),
+            filling: Completion::ready(),
             open: true,
         };
         if in_callback() {
@@ -248,15 +257,20 @@ impl Iommu {
             }
             after_the_step(move || {
                 let _scope = StepScope::enter();
-                if let Err(why) = unit.seat(home, &sub, subscriber, interest) {
+                let mut filling = Completion::ready();
+                if let Err(why) = unit.seat(home, &sub, subscriber, interest, &mut filling) {
                     unit.totals.alarm(&Incident::SubscriptionRefused { subscription: sub.id(), why });
                 }
             });
             return Ok(subscription);
         }
         let _scope = StepScope::enter();
-        match self.unit.seat(home, &sub, subscriber, interest) {
-            Ok((cache, filled)) => (subscription.cache, subscription.filled) = (cache, filled),
+        let mut filling = Completion::ready();
+        match self.unit.seat(home, &sub, subscriber, interest, &mut filling) {
+            Ok(cache) => {
+                subscription.cache = cache;
+                subscription.filling = filling;
+            }
             Err(error) => {
                 subscription.open = false;
                 return Err(error);
@@ -274,12 +288,29 @@ impl Unit {
         sub: &Arc<Sub>,
         subscriber: Subscriber,
         interest: Interest,
-    ) -> Result<(Option<Arc<CacheSeat>>, Completion), SubscribeError> {
+        done: &mut Completion,
+    ) -> Result<Option<Arc<CacheSeat>>, SubscribeError> {
         let mut control = lock(&self.control);
+        let outcome = self.seat_unsettled(&mut control, home, sub, subscriber, interest, done);
+        if let Some(domain) = domain_of(&control, home).filter(|_| outcome.is_err()) {
+            self.settle_wanted(&domain);
+        }
+        outcome
+    }
+
+    fn seat_unsettled(
+        &self,
+        control: &mut Control,
+        home: Home,
+        sub: &Arc<Sub>,
+        subscriber: Subscriber,
+        interest: Interest,
+        done: &mut Completion,
+    ) -> Result<Option<Arc<CacheSeat>>, SubscribeError> {
         if control.homes.len() >= self.config.subscriptions {
             return Err(SubscribeError::Cap(Cap::Subscriptions));
         }
-        let (domain, shared, regions) = place(&control, home)?;
+        let (domain, shared, regions) = place(control, home)?;
         if let Some(domain) = &domain {
             let space = domain.space;
             self.check_produced(domain, interest.kinds).map_err(|why| SubscribeError::NotProduced {
@@ -301,14 +332,13 @@ impl Unit {
                 seats.mirrors.push(seat);
             }
             Subscriber::Cache(cache) => {
-                let shared = match (&shared, &domain) {
-                    (Some(shared), _) => shared.clone(),
-                    (None, domain) => {
-                        let sight = control.sight(None, &regions, None, domain.clone());
-                        EndpointShared::new(None, sight)
-                    }
-                };
-                let seat = CacheSeat::new(sub.clone(), interest, cache, &shared);
+                let own = shared
+                    .is_none()
+                    .then(|| EndpointShared::new(None, control.sight(None, &regions, None, domain.clone())));
+                let label = format!("cache {}", sub.id());
+                let Some(sees) = shared.as_ref().or(own.as_ref()) else { return Err(SubscribeError::Gone) };
+                let reader = Reader::new(sees, &label);
+                let seat = CacheSeat::new(sub.clone(), interest, own, cache, reader);
                 cache_seat = Some(seat.clone());
                 seats.caches.push(seat);
             }
@@ -323,11 +353,10 @@ impl Unit {
             .iter()
             .filter(|(id, m)| Some(**id) == sub.endpoint() || (set.is_some() && m.set == set));
         together.for_each(|(_, member)| sub.serve(&member.shared));
-        let mut done = Completion::ready();
         match (&domain, home) {
             (Some(domain), _) => {
                 let endpoint = sub.endpoint();
-                if let Err((_, error)) = join(domain, seats, endpoint, &regions, &mut done) {
+                if let Err((_, error)) = join(domain, seats, endpoint, &regions, done) {
                     return Err(match error {
                         ReplayError::Refused(refused) => SubscribeError::Refused(refused),
                         ReplayError::Fenced(why) => SubscribeError::Fenced(why),
@@ -343,9 +372,9 @@ impl Unit {
         }
         control.homes.insert(sub.id(), home);
         if let (true, Home::Endpoint(id)) = (holds, home) {
-            unfence(&control, id);
+            unfence(control, id);
         }
-        Ok((cache_seat, done))
+        Ok(cache_seat)
     }
 
     /// Ends a subscription.
@@ -356,16 +385,15 @@ impl Unit {
         let mut seats = Seats::default();
         let domain = domain_of(&control, home);
         if let Some(domain) = &domain {
-            let before = lock(&domain.state).seats.wanted();
             seats = leave_one(domain, id, &mut done);
-            let now = lock(&domain.state).seats.wanted();
-            let _ = self.ask_producer(domain.space, before, now); // cannot be refused
+            self.settle_wanted(domain);
         } else if let Home::Endpoint(endpoint) = home
             && let Some(member) = control.endpoints.get_mut(&endpoint)
         {
             seats = member.parked.take(id);
         }
         drop(control);
+        done.let_go(core::mem::take(&mut seats.mirrors));
         let _callback = CallbackScope::enter();
         drop(seats);
         done
@@ -379,14 +407,25 @@ impl Unit {
         binding: u64,
     ) -> Result<Completion, SubscribeError> {
         let Some(member) = control.endpoints.get_mut(&id) else { return Err(SubscribeError::Gone) };
-        member.binding = Some(binding);
+        let before = member.binding;
+        match before {
+            Some(other) if other != binding => {
+                return Err(SubscribeError::Invalid("another binding switches the endpoint"));
+            }
+            Some(_) if !member.shared.sight().1.fenced => return Ok(Completion::ready()),
+            _ => member.binding = Some(binding),
+        }
         let view =
             control.endpoints.get(&id).map(|m| control.view_of(m)).unwrap_or(crate::endpoint::View::Blocked);
         let target = control.space_of(view).map_err(|_| SubscribeError::Gone)?;
         let mut done = Completion::ready();
-        if let Err(refused) = self.rebind(control, binding, id, None, target.as_ref(), &mut done) {
+        let outcome = self.rebind(control, binding, id, None, target.as_ref(), &mut done);
+        if let Some(target) = &target {
+            self.settle_wanted(target);
+        }
+        if let Err(refused) = outcome {
             if let Some(member) = control.endpoints.get_mut(&id) {
-                member.binding = None;
+                member.binding = before;
             }
             return Err(SubscribeError::Refused(refused));
         }
@@ -426,7 +465,7 @@ fn unfence(control: &Control, id: EndpointId) {
     let fenced = |seats: &Seats| {
         let mirrors = seats.mirrors.iter().map(|s| &s.sub);
         let caches = seats.caches.iter().map(|s| &s.sub);
-        mirrors.chain(caches).any(|sub| sub.endpoint() == Some(id) && sub.is_fenced())
+        mirrors.chain(caches).any(|sub| (sub.endpoint() == Some(id) || sub.serves(id)) && sub.is_fenced())
     };
     let still = domain.as_ref().map_or_else(|| fenced(&member.parked), |d| fenced(&lock(&d.state).seats));
     if !still {
@@ -447,16 +486,16 @@ impl Subscription {
         self.interest
     }
 
+    /// What filling the mirror at subscribe still has under way, once: its acks. Resolves when the mirror is complete; an
+    /// ack that fails has it fenced. Ready for a mirror that acknowledges at once, and for everybody else.
+    pub fn filled(&mut self) -> Completion {
+        core::mem::replace(&mut self.filling, Completion::ready())
+    }
+
     /// Whether it has been cut off.
     #[must_use]
     pub fn is_fenced(&self) -> bool {
         self.sub.is_fenced()
-    }
-
-    /// Resolves when the mirror has acknowledged all that it was filled with at first; until then a guest must not be told
-    /// that its device can be used. Can be taken once; later ones are ready.
-    pub fn filled(&mut self) -> Completion {
-        core::mem::replace(&mut self.filled, Completion::ready())
     }
 
     /// Ends it: a mirror is emptied, a cache told to drop everything. Resolves when the subscriber has acknowledged.
@@ -550,14 +589,21 @@ impl Subscription {
             let held = cache.held()?;
             let mut due = Vec::new();
             if let Some(state) = state {
+                let mut due_of = |m: &Mapping| {
+                    backed(&state.backing, m, &mut |piece| {
+                        let inside = piece.clip(self.interest.window);
+                        due.extend(inside.map(|m| Mapping { range: self.interest.outward(m.range), ..m }));
+                    });
+                };
                 match domain.and_then(|d| d.walker.as_ref()) {
                     // The guest's tables may be newer than what was announced: what they say now counts.
-                    Some(walker) => due.extend(held.iter().filter_map(|m| walker.walk(m.range.start()))),
-                    None => state.writer.for_each(IovaRange::ALL, &mut |m| {
-                        backed(&state.backing, &m, &mut |piece| {
-                            let range = self.interest.outward(piece.range);
-                            due.push(Mapping { range, ..*piece });
-                        });
+                    Some(walker) => {
+                        let starts = held.iter().filter_map(|m| self.interest.inward(m.range));
+                        let walked: Vec<_> = starts.filter_map(|range| walker.walk(range.start())).collect();
+                        walked.iter().for_each(&mut due_of);
+                    }
+                    None => state.writer.for_each(self.interest.window, &mut |m| {
+                        due_of(&m);
                         ControlFlow::Continue(())
                     }),
                 }
@@ -575,11 +621,17 @@ impl Subscription {
     pub fn reach_changed(&self, reach: Reach) -> Result<Completion, SubscribeError> {
         let _scope = StepScope::enter().map_err(|_| SubscribeError::Invalid("inside a callback"))?;
         check_reach(&reach)?;
-        let control = lock(&self.iommu.unit.control);
+        let mut control = lock(&self.iommu.unit.control);
         let home = *control.homes.get(&self.id()).ok_or(SubscribeError::Gone)?;
         let (domain, _, regions) = place(&control, home)?;
         let mut done = Completion::ready();
-        let Some(domain) = domain else { return Err(SubscribeError::Gone) };
+        let Some(domain) = domain else {
+            // Blocked: it holds nothing, and is looked at with the new reach when it comes somewhere.
+            let members = control.endpoints.values_mut();
+            let seat = members.flat_map(|m| &mut m.parked.mirrors).find(|s| s.sub.id() == self.id());
+            seat.ok_or(SubscribeError::Invalid("not a mirror"))?.lens.set_reach(reach);
+            return Ok(done);
+        };
         // Emptied with the old reach, filled with the new one: the simple way, for a rare event.
         let mut seats = leave_one(&domain, self.id(), &mut done);
         let [seat] = seats.mirrors.as_mut_slice() else {

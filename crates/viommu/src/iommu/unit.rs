@@ -96,6 +96,8 @@ pub(crate) struct Control {
     /// Where each subscription hangs.
     pub(crate) homes: BTreeMap<u64, Home>,
     pub(crate) next_set: u64,
+    /// The readers of domains that are gone, as long as one of them may be inside.
+    pub(crate) retired: Vec<Arc<space::Space>>,
 }
 
 /// Where a subscription hangs.
@@ -142,6 +144,7 @@ pub(crate) fn make_domain(
         seats: Seats::default(),
         backing: backing.clone(),
         regions: Vec::new(),
+        told: Kinds::empty(),
         dirty: None,
         limit: if identity { None } else { config.domain_mappings },
         may_cut: !matches!(tables, Tables::Owned),
@@ -199,7 +202,27 @@ impl Unit {
         !done.is_stuck()
     }
 
-    pub(crate) fn ask_producer(&self, space: Space, old: Kinds, new: Kinds) -> Result<(), Refused> {
+    /// Asks the model for `more` besides what it has been asked for. Who does not come after all is told by
+    /// [`Unit::settle_wanted`].
+    pub(crate) fn ask_producer(&self, domain: &DomainInner, more: Kinds) -> Result<(), Refused> {
+        let old = lock(&domain.state).told;
+        self.tell_producer(domain.space, old, old | more)?;
+        lock(&domain.state).told = old | more;
+        Ok(())
+    }
+
+    /// Tells the model what is wanted now, whatever it was asked for. Observers that moved here are new to it; it cannot
+    /// refuse them.
+    pub(crate) fn settle_wanted(&self, domain: &DomainInner) {
+        let (old, new) = {
+            let mut state = lock(&domain.state);
+            let new = state.seats.wanted();
+            (core::mem::replace(&mut state.told, new), new)
+        };
+        let _ = self.tell_producer(domain.space, old, new);
+    }
+
+    fn tell_producer(&self, space: Space, old: Kinds, new: Kinds) -> Result<(), Refused> {
         match &self.config.producer {
             Some(producer) if old != new => {
                 let _callback = CallbackScope::enter();

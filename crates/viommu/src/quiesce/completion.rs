@@ -10,14 +10,14 @@ use std::time::{Duration, Instant};
 
 use crate::ack::Waiting;
 use crate::addr::IovaRange;
-use crate::deliver::Sub;
+use crate::deliver::{MirrorSeat, Sub};
 use crate::endpoint::EndpointId;
 use crate::iommu::unit::Totals;
 use crate::quiesce::lease::Lent;
-use crate::quiesce::scope::{after_the_step, in_step};
+use crate::quiesce::scope::{CallbackScope, StepScope, after_the_step, in_step};
 use crate::quiesce::slot::{Grace, thread_holds_a_guard};
 use crate::quiesce::space::Space;
-use crate::sync::{Arc, Ordering, StdArc};
+use crate::sync::{Arc, Ordering, StdArc, StdMutex, lock_std};
 
 /// Ranges remembered one by one; beyond that their hull, which only ever waits for more.
 const RANGES: usize = 32;
@@ -38,6 +38,8 @@ struct Work {
     units: Vec<Arc<Totals>>,
     places: Vec<Place>,
     phase: Phase,
+    /// Those that have left and have not acknowledged all: still there to be fenced.
+    leaving: StdMutex<Vec<MirrorSeat>>,
     /// A fence did not hold: this never resolves.
     stuck: bool,
     /// When it was first found pending.
@@ -120,14 +122,9 @@ impl Completion {
     fn work(&mut self) -> &mut Work {
         self.0.get_or_insert_with(|| {
             let phase = Phase::Acks;
-            Box::new(Work {
-                acks: Vec::new(),
-                units: Vec::new(),
-                places: Vec::new(),
-                phase,
-                stuck: false,
-                since: None,
-            })
+            let leaving = StdMutex::default();
+            let (acks, places, units) = (Vec::new(), Vec::new(), Vec::new());
+            Box::new(Work { acks, places, units, phase, leaving, stuck: false, since: None })
         })
     }
 
@@ -145,6 +142,19 @@ impl Completion {
             work.units.push(totals);
         }
         work.acks.push((sub.clone(), waiting));
+    }
+
+    /// Lets go of mirrors that have left: at once, or when they have acknowledged all that is awaited of them.
+    pub(crate) fn let_go(&mut self, mirrors: Vec<MirrorSeat>) {
+        let acks = self.0.as_ref().map_or(&[][..], |work| &work.acks);
+        let owes =
+            |seat: &MirrorSeat| seat.is_live() && acks.iter().any(|(sub, _)| sub.id() == seat.sub.id());
+        let (owing, free): (Vec<_>, Vec<_>) = mirrors.into_iter().partition(owes);
+        if !owing.is_empty() {
+            lock_std(&self.work().leaving).extend(owing);
+        }
+        let _callback = CallbackScope::enter();
+        drop(free);
     }
 
     pub(crate) fn set_stuck(&mut self) {
@@ -170,6 +180,8 @@ impl Completion {
             }
         }
         ours.stuck |= theirs.stuck;
+        ours.since = [ours.since, theirs.since].into_iter().flatten().min();
+        lock_std(&ours.leaving).append(&mut lock_std(&theirs.leaving));
         other.0 = None;
     }
 
@@ -186,7 +198,11 @@ impl Completion {
 
     fn advance(&mut self, waker: Option<&Waker>) -> bool {
         let Some(work) = self.0.as_mut() else { return true };
-        if work.advance(waker) {
+        // Fencing takes locks that this thread may hold now.
+        let may_fence = !in_step();
+        // Callbacks may follow, of leases: what they put off is done when this is over.
+        let _scope = StepScope::enter();
+        if work.advance(waker, may_fence) {
             self.0 = None;
             return true;
         }
@@ -279,7 +295,7 @@ impl Work {
         self.places.push(Place { space: space.clone(), endpoint, ranges: ranges.to_vec() });
     }
 
-    fn advance(&mut self, waker: Option<&Waker>) -> bool {
+    fn advance(&mut self, waker: Option<&Waker>, may_fence: bool) -> bool {
         if self.stuck {
             return false;
         }
@@ -290,10 +306,16 @@ impl Work {
                         match waiting.poll(waker) {
                             None => return false,
                             Some(true) => {}
-                            // Fencing takes locks that this thread may hold now.
-                            Some(false) if in_step() => return false,
+                            Some(false) if !may_fence => return false,
                             Some(false) => {
-                                if !sub.fence("a call was answered with a failure") {
+                                let why = "a call was answered with a failure";
+                                let mut leaving = lock_std(&self.leaving);
+                                let seat = leaving.iter_mut().find(|seat| seat.sub.id() == sub.id());
+                                let fenced = match seat {
+                                    Some(seat) => seat.fence_and_tell(why),
+                                    None => sub.fence(why),
+                                };
+                                if !fenced {
                                     self.stuck = true;
                                     return false;
                                 }

@@ -1,5 +1,6 @@
 //! Who may be inside one address space.
 
+use crate::addr::IovaRange;
 use crate::quiesce::lease::Leases;
 use crate::quiesce::slot::{Grace, Slot, Stay};
 use crate::sync::{Arc, AtomicUsize, Mutex, Ordering, fence, lock};
@@ -79,6 +80,11 @@ impl Space {
         let members = lock(&self.members);
         fence(Ordering::SeqCst);
         members.iter().all(|m| m.stay().is_none())
+    }
+
+    /// Whether nobody is inside and no lease is out.
+    pub(crate) fn is_unused(&self) -> bool {
+        self.is_quiet() && self.leases.meeting(&[IovaRange::ALL], None).is_empty()
     }
 
     /// Who is inside now, by name.

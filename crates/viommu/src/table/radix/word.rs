@@ -163,6 +163,12 @@ impl Leaf {
         Word(self.word).access()
     }
 
+    /// Whether it is there and not the first leaf of its mapping.
+    #[inline(always)]
+    pub(crate) fn goes_on(self) -> bool {
+        self.word & (LEAF | START) == LEAF
+    }
+
     /// All that it says of `iova`; `None` when nothing is there.
     #[inline(always)]
     pub(crate) fn hit(self, iova: Iova) -> Option<Hit> {

@@ -1,0 +1,13 @@
+//! The core against its laws (`docs/design.md`, L1 to L17) and the contract's invariants (I1 to I15).
+
+mod backing;
+mod endpoints;
+#[path = "../../src/fuzzing/mod.rs"]
+mod fuzzing;
+mod model;
+mod qemu_weaknesses;
+mod quiescence;
+mod subscribe;
+mod support;
+mod transactions;
+mod vectors;
