@@ -166,6 +166,11 @@ pub use state::{RestoreError, SaveError, Saved};
 #[cfg(not(loom))]
 pub use subscribe::{Interest, Kinds, Space};
 
+/// The example of the README runs as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+mod readme {}
+
 /// The examples of the page for those who come from QEMU run as tests.
 #[cfg(doctest)]
 #[doc = include_str!("../../../docs/coming-from-qemu.md")]
