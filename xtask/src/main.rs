@@ -1,6 +1,7 @@
-//! The chores of the project: `cargo xtask test` and its stages, and fuzzing.
+//! The chores of the project: `cargo xtask test` and its stages, benchmarks, and fuzzing.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod context;
 mod deny;
 mod fuzz;
@@ -40,6 +41,8 @@ enum Chore {
         /// Part of a test's name.
         filter: Option<String>,
     },
+    /// Measures the goals for speed and size beside other structures.
+    Bench(bench::Options),
     /// Fuzzes one target with libFuzzer, or lists the targets.
     Fuzz(fuzz::Options),
 }
@@ -63,6 +66,7 @@ fn chore(options: &Options) -> anyhow::Result<bool> {
         Chore::Test(options) => stage::run(&test::STAGES, options, &context),
         Chore::Loom { filter } => test::loom(&context, filter.as_deref()).map(|_| true),
         Chore::Shuttle { filter } => test::shuttle(&context, filter.as_deref()).map(|_| true),
+        Chore::Bench(options) => bench::run(options, &context).map(|()| true),
         Chore::Fuzz(options) => fuzz::run(options, &context).map(|()| true),
     }
 }

@@ -89,8 +89,6 @@
 //! promises and its lock order; `docs/coming-from-qemu.md` maps the names of QEMU's IOMMU notifiers to those here.
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
-// Under loom only the protocol of guards is compiled: `quiesce`, and what it needs. It is too thorough for the rest,
-// which shuttle takes.
 
 #[cfg(feature = "fuzzing")]
 extern crate self as viommu;
@@ -133,9 +131,10 @@ mod table;
 #[cfg(all(test, shuttle))]
 mod shuttle_tests;
 
+pub use addr::{Gpa, GpaRange, Iova, IovaRange};
+
 #[cfg(not(loom))]
 pub use ack::Ack;
-pub use addr::{Gpa, GpaRange, Iova, IovaRange};
 #[cfg(not(loom))]
 pub use audit::Audit;
 #[cfg(not(loom))]
@@ -165,6 +164,11 @@ pub use reader::{Fault, FaultReason, Guard, Lease, OwnedGuard, Place, Reader, Tr
 pub use state::{RestoreError, SaveError, Saved};
 #[cfg(not(loom))]
 pub use subscribe::{Interest, Kinds, Space};
+
+/// The example of the README runs as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+mod readme {}
 
 /// The examples of the page for those who come from QEMU run as tests.
 #[cfg(doctest)]

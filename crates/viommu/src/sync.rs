@@ -36,22 +36,11 @@ pub(crate) use shuttle::{
     thread_local,
 };
 
-/// A counter of each thread: `const` where std's is used, which makes reading it one load.
-#[cfg(not(any(loom, shuttle)))]
-macro_rules! thread_counter {
-    ($name:ident) => {
-        std::thread_local! {
-            static $name: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
-        }
-    };
-}
-
-/// A counter of each thread.
-#[cfg(any(loom, shuttle))]
+/// A counter of each thread: `const`, which makes reading it one load.
 macro_rules! thread_counter {
     ($name:ident) => {
         $crate::sync::thread_local! {
-            static $name: std::cell::Cell<u32> = std::cell::Cell::new(0);
+            static $name: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
         }
     };
 }

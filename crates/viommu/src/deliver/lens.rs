@@ -15,24 +15,26 @@ pub(crate) struct Lens {
     clip_to: Option<Vec<IovaRange>>,
     /// Here the guest cannot be refused.
     may_leave_out: bool,
-    /// Nothing to clip, nothing to check: every piece of memory goes to the mirror as it is.
+    /// Nothing to clip or to leave out: every piece of memory is one extent, as it is.
+    pub(crate) straight: bool,
+    /// Straight, and nothing to check.
     pub(crate) plain: bool,
 }
 
 impl Lens {
     pub(crate) fn new(interest: Interest, reach: Reach) -> Self {
-        let mut lens = Self { interest, reach, clip_to: None, may_leave_out: false, plain: false };
+        let mut lens =
+            Self { interest, reach, clip_to: None, may_leave_out: false, straight: false, plain: false };
         lens.settle();
         lens
     }
 
     fn settle(&mut self) {
-        self.plain = self.clip_to.is_none()
-            && self.interest.window == IovaRange::ALL
-            && self.interest.offset == 0
-            && self.reach.apertures == [IovaRange::ALL]
-            && self.reach.granule() <= PAGE
-            && self.reach.entries.is_none();
+        let whole =
+            self.clip_to.is_none() && self.interest.window == IovaRange::ALL && self.interest.offset == 0;
+        let anywhere = self.reach.apertures == [IovaRange::ALL] && self.reach.granule() <= PAGE;
+        self.straight = whole && (anywhere || !self.leaves_out());
+        self.plain = whole && anywhere && self.reach.entries.is_none();
     }
 
     /// Comes to an address space: what of an identity view it may hold, and whether the guest can be refused there.
@@ -66,18 +68,30 @@ impl Lens {
         parts
     }
 
+    /// Whether what is out of reach here is left out.
+    fn leaves_out(&self) -> bool {
+        self.may_leave_out && self.reach.out_of_reach == OutOfReach::LeaveOut
+    }
+
+    /// Whether any of `pieces`, which ascend, may lie in the window.
+    #[inline]
+    pub(crate) fn sees(&self, pieces: &[Mapping]) -> bool {
+        let (Some(first), Some(last)) = (pieces.first(), pieces.last()) else { return false };
+        self.interest.window.overlaps(first.range.hull(last.range))
+    }
+
     /// Appends the extents of `piece`. Unreachable ones included, except in an identity view and where they are
     /// declared to be left out.
     pub(crate) fn extents(&self, piece: &Mapping, out: &mut Vec<Mapping>) {
         if piece.target == Target::Mmio && !self.reach.mmio {
             return;
         }
-        if self.plain {
+        if self.straight {
             out.push(*piece);
             return;
         }
         let Some(clipped) = piece.clip(self.interest.window) else { return };
-        let leave_out = self.may_leave_out && self.reach.out_of_reach == OutOfReach::LeaveOut;
+        let leave_out = self.leaves_out();
         let mut push = |m: Mapping| {
             let extent = Mapping { range: self.interest.outward(m.range), ..m };
             if !(leave_out && self.reach.refuses(&extent).is_some()) {

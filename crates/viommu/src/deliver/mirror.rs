@@ -119,14 +119,31 @@ impl MirrorSeat {
         if self.lens.plain {
             return Ok(());
         }
+        if !self.lens.sees(pieces) {
+            return Ok(());
+        }
+        if self.takes_as_they_are(pieces) {
+            return self.check_extents(pieces, fewer);
+        }
         let mut extents = core::mem::take(&mut self.scratch);
         extents.clear();
         pieces.iter().filter(|p| self.is_behind(p)).for_each(|p| self.lens.extents(p, &mut extents));
+        let outcome = self.check_extents(&extents, fewer);
+        self.scratch = extents;
+        outcome
+    }
+
+    /// Whether the extents to hold of these backed pieces are the pieces themselves.
+    #[inline]
+    fn takes_as_they_are(&self, pieces: &[Mapping]) -> bool {
+        self.lens.straight && self.cursor.is_none() && pieces.iter().all(|p| p.target == Target::Ram)
+    }
+
+    fn check_extents(&self, extents: &[Mapping], fewer: u64) -> Result<(), (Unreachable, IovaRange)> {
         let unreachable = extents.iter().find_map(|e| Some((self.lens.reach.refuses(e)?, e.range)));
         let wanted = self.counts.held.saturating_sub(fewer).saturating_add(extents.len() as u64);
         let over = self.lens.reach.entries.filter(|limit| wanted > u64::from(*limit));
         let over = over.and_then(|_| Some((Unreachable::Entries, extents.last()?.range)));
-        self.scratch = extents;
         match unreachable.or(over) {
             Some(why) => Err(why),
             None => Ok(()),
@@ -135,7 +152,7 @@ impl MirrorSeat {
 
     /// How many extents it holds of these backed pieces.
     pub(crate) fn count(&mut self, pieces: &[Mapping]) -> u64 {
-        if self.lens.reach.entries.is_none() {
+        if self.lens.reach.entries.is_none() || pieces.is_empty() {
             return 0;
         }
         let mut extents = core::mem::take(&mut self.scratch);
@@ -180,9 +197,12 @@ impl MirrorSeat {
     /// Refused: what of this piece was added has been taken back, or else the failure says that it must be fenced.
     #[inline]
     pub(crate) fn add(&mut self, piece: &Mapping, done: &mut Completion) -> Result<(), AddError> {
-        if self.lens.plain && piece.target == Target::Ram && self.cursor.is_none() {
+        if self.lens.straight && piece.target == Target::Ram && self.cursor.is_none() {
             self.begin();
             return self.map_one(piece, done).map_err(AddError::Refused);
+        }
+        if !self.lens.sees(core::slice::from_ref(piece)) {
+            return Ok(());
         }
         self.add_clipped(piece, done)
     }
@@ -263,8 +283,11 @@ impl MirrorSeat {
         done: &mut Completion,
         dirty: &mut Option<DirtyLog>,
     ) -> Result<(), Failure> {
-        if self.lens.plain && self.cursor.is_none() && pieces.iter().all(|p| p.target == Target::Ram) {
+        if self.takes_as_they_are(pieces) {
             return self.remove_extents(pieces, done, dirty);
+        }
+        if !self.lens.sees(pieces) {
+            return Ok(());
         }
         let mut extents = core::mem::take(&mut self.scratch);
         extents.clear();

@@ -188,21 +188,21 @@ impl DomainInner {
 
     /// Everything that a mirror can be known to refuse is refused here, before anything is published. Where the guest
     /// cannot be refused, the mirror is fenced instead.
-    #[cold]
     fn check_reach(
         &self,
         state: &mut DomainState,
         plan: &Plan<'_>,
         done: &mut Completion,
     ) -> Result<(), StepErrorKind> {
-        let backing = state.backing.clone();
-        let (mut added, mut removed) = (Vec::new(), Vec::new());
-        plan.added.iter().for_each(|m| backed(&backing, m, &mut |piece| added.push(*piece)));
-        plan.removed.iter().for_each(|m| backed(&backing, m, &mut |piece| removed.push(*piece)));
         let refusable = state.refusable && plan.added != plan.fallback;
-        for seat in state.seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
+        let DomainState { seats, backing, pieces, .. } = state;
+        let mut removed = Vec::new();
+        plan.removed.iter().for_each(|m| backed(backing, m, &mut |piece| removed.push(*piece)));
+        pieces.clear();
+        plan.added.iter().for_each(|m| backed(backing, m, &mut |piece| pieces.push(*piece)));
+        for seat in seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
             let fewer = seat.count(&removed);
-            if let Err((why, range)) = seat.check(&added, fewer) {
+            if let Err((why, range)) = seat.check(pieces, fewer) {
                 let kind = StepErrorKind::Unreachable { subscription: seat.sub.id(), why, range };
                 if refusable {
                     return Err(kind);

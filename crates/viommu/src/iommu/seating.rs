@@ -176,20 +176,23 @@ fn fill_one(
     m: &Mapping,
     done: &mut Completion,
 ) -> Result<(), AddError> {
-    let mut pieces = Vec::new();
+    let mut count = 0_usize;
     let mut outcome = Ok(());
     backed(backing, m, &mut |piece| {
         if outcome.is_ok() {
             outcome = seat.add(piece, done);
-            if outcome.is_ok() {
-                pieces.push(*piece);
-            }
+            count += usize::from(outcome.is_ok());
         }
     });
     if outcome.is_err() {
-        for piece in pieces {
-            seat.remove(&[piece], done, &mut None).map_err(AddError::Fence)?;
-        }
+        let mut undone = Ok(());
+        backed(backing, m, &mut |piece| {
+            if count > 0 && undone.is_ok() {
+                count -= 1;
+                undone = seat.remove(core::slice::from_ref(piece), done, &mut None).map_err(AddError::Fence);
+            }
+        });
+        undone?;
     }
     outcome
 }

@@ -404,7 +404,6 @@ impl Work {
 /// The acks of a completion that was dropped: a consumer that fails is fenced all the same.
 struct Orphan(StdMutex<Rest>);
 
-#[derive(Default)]
 struct Rest {
     /// `None` while a thread looks at it, and when it is over.
     acks: Option<Completion>,

@@ -13,7 +13,7 @@ thread_counter!(CALLBACKS);
 thread_counter!(BURSTS);
 thread_counter!(PUT_OFF);
 thread_local! {
-    static LATER: RefCell<Vec<Later>> = RefCell::new(Vec::new());
+    static LATER: RefCell<Vec<Later>> = const { RefCell::new(Vec::new()) };
 }
 
 /// The call was made inside a subscriber's callback, or while this thread holds a burst.
