@@ -16,13 +16,20 @@ pub(crate) use std::{
 };
 
 #[cfg(loom)]
-pub(crate) use loom::{
-    sync::{
-        Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
-    },
-    thread_local,
+pub(crate) use loom::sync::{
+    Arc, Mutex, MutexGuard,
+    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
 };
+
+/// Its own does not know constant initialisers.
+#[cfg(loom)]
+macro_rules! loom_local {
+    ($(#[$attribute:meta])* static $name:ident: $of:ty = const { $init:expr };) => {
+        loom::thread_local! { $(#[$attribute])* static $name: $of = $init; }
+    };
+}
+#[cfg(loom)]
+pub(crate) use loom_local as thread_local;
 
 // Its Arc is std's.
 #[cfg(shuttle)]
