@@ -331,7 +331,8 @@ fn failing_ack_of_a_replay() {
     let (mirror, shadow) = Exact::late();
     let stop = Arc::new(AtomicBool::new(false));
     let peer = peer(&shadow, &stop, drop);
-    let subscription = endpoint.subscribe_mirror(mirror, Interest::MIRROR).unwrap();
+    let mut subscription = endpoint.subscribe_mirror(mirror, Interest::MIRROR).unwrap();
+    drop(subscription.filled());
     stop.store(true, Ordering::SeqCst);
     peer.join().unwrap();
     assert!(subscription.is_fenced() && shadow.lock().unwrap().fenced);
