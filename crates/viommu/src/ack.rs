@@ -31,7 +31,7 @@ struct State(Mutex<Inner>);
 #[derive(Debug, Default)]
 struct Inner {
     outcome: Option<bool>,
-    waker: Option<Waker>,
+    wakers: Vec<Waker>,
 }
 
 impl Ack {
@@ -62,8 +62,10 @@ impl Waiting {
                 Some(true) => {}
                 Some(false) => return Some(false),
                 None => {
-                    if let Some(waker) = waker {
-                        inner.waker = Some(waker.clone());
+                    if let Some(waker) = waker
+                        && !inner.wakers.iter().any(|w| w.will_wake(waker))
+                    {
+                        inner.wakers.push(waker.clone());
                     }
                     return None;
                 }
@@ -88,14 +90,12 @@ impl Resolver {
 
     fn resolve(&mut self, outcome: bool) {
         let Some(state) = self.0.take() else { return };
-        let waker = {
+        let wakers = {
             let mut inner = lock(&state.0);
             inner.outcome = Some(outcome);
-            inner.waker.take()
+            core::mem::take(&mut inner.wakers)
         };
-        if let Some(waker) = waker {
-            waker.wake(); // outside the lock
-        }
+        wakers.into_iter().for_each(Waker::wake); // outside the lock
     }
 }
 

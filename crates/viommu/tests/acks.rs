@@ -6,7 +6,7 @@ use viommu::subscribe::*;
 use viommu::*;
 /// A mirror whose map calls are acknowledged never, or (`true`) with a failure.
 #[derive(Default)]
-struct Late(Vec<Mapping>, bool);
+struct Late(Vec<Mapping>, bool, Vec<ack::Resolver>);
 impl Mirror for Late {
     fn reach(&self) -> Reach {
         Reach::default()
@@ -17,7 +17,7 @@ impl Mirror for Late {
         if self.1 {
             drop(r)
         } else {
-            std::mem::forget(r)
+            self.2.push(r)
         }
         Ok(ack)
     }
@@ -55,7 +55,7 @@ fn subscribe_whose_ack_fails_at_once_does_not_deadlock() {
         within(|| {
             let (_i, e, d) = setup();
             drop(d.map(page()).unwrap());
-            let s = e.subscribe_mirror(Box::new(Late(vec![], true)), Interest::MIRROR);
+            let s = e.subscribe_mirror(Box::new(Late(vec![], true, vec![])), Interest::MIRROR);
             println!("{s:?}");
         }),
         "deadlock"
@@ -65,13 +65,14 @@ fn subscribe_whose_ack_fails_at_once_does_not_deadlock() {
 fn subscribe_with_a_pending_ack_is_waited_for_by_filled() {
     let (_i, e, d) = setup();
     drop(d.map(page()).unwrap());
-    let mut subscription = e.subscribe_mirror(Box::new(Late(vec![], false)), Interest::MIRROR).unwrap();
+    let mut subscription =
+        e.subscribe_mirror(Box::new(Late(vec![], false, vec![])), Interest::MIRROR).unwrap();
     assert!(!subscription.filled().is_complete());
 }
 #[test]
 fn save_is_refused_while_an_addition_is_not_acknowledged() {
     let (i, e, d) = setup();
-    let _s = e.subscribe_mirror(Box::new(Late(vec![], false)), Interest::MIRROR).unwrap();
+    let _s = e.subscribe_mirror(Box::new(Late(vec![], false, vec![])), Interest::MIRROR).unwrap();
     let _c = d.map(page()).unwrap();
     assert!(i.save().is_err());
 }

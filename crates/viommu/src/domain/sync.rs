@@ -28,8 +28,9 @@ impl<F: FnMut(Iova, Iova) -> Option<Mapping>> Walk for F {
 #[derive(Debug)]
 #[must_use]
 pub struct Progress {
-    /// Where to go on; `None`: all of the range is compared.
-    pub next: Option<Iova>,
+    /// What is still to be compared: the range of the next call. It may end behind the first one, where an extent of the
+    /// record that lay across its end has gone. `None`: all is compared.
+    pub rest: Option<IovaRange>,
     /// Resolves when what was removed so far is used no more.
     pub completion: Completion,
 }
@@ -52,7 +53,7 @@ impl Domain {
         let mut state = lock(&self.0.state);
         self.0.alive(&state)?;
         match self.0.sync_in(&mut state, range, walk, limit.max(1), &mut completion) {
-            Ok(next) => Ok(Progress { next, completion }),
+            Ok(rest) => Ok(Progress { rest, completion }),
             Err(kind) => Err(StepError { kind, completion }),
         }
     }
@@ -66,11 +67,11 @@ impl DomainInner {
         walk: &mut dyn Walk,
         limit: usize,
         done: &mut Completion,
-    ) -> Result<Option<Iova>, StepErrorKind> {
+    ) -> Result<Option<IovaRange>, StepErrorKind> {
         if self.walker.is_none() {
             return Err(StepErrorKind::WrongKind("the record is viommu's own: say what changed"));
         }
-        let (compared, guest, next) = {
+        let (compared, guest, rest) = {
             let _callback = CallbackScope::enter();
             gather(state, range, walk, limit)
         };
@@ -95,18 +96,18 @@ impl DomainInner {
         }
         self.tell_caches(state, &[compared], done);
         self.note_removal(&[compared], false, done);
-        outcome.map(|()| next)
+        outcome.map(|()| rest)
     }
 }
 
 /// Reads the guest's extents over `range`, widened to whole extents on both sides. Gives the range that is covered,
-/// the extents, and where to go on when `limit` cut it short.
+/// the extents, and what is left when `limit` cut it short.
 fn gather(
     state: &DomainState,
     range: IovaRange,
     walk: &mut dyn Walk,
     limit: usize,
-) -> (IovaRange, Vec<Mapping>, Option<Iova>) {
+) -> (IovaRange, Vec<Mapping>, Option<IovaRange>) {
     let mut start = range.start();
     // Outward at the start: until neither the record nor the guest has an extent across it.
     loop {
@@ -152,7 +153,7 @@ fn gather(
             // goes now, whole; what the guest has in its rest comes with the next call.
             let ours = state.writer.next(at).filter(|m| m.range.start() < at);
             let covered = IovaRange::new(start, ours.map_or(end, |m| m.range.last())).unwrap_or(range);
-            return (covered, guest, Some(at));
+            return (covered, guest, IovaRange::new(at, last));
         }
     }
     (IovaRange::new(start, last).unwrap_or(range), guest, None)

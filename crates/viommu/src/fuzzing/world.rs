@@ -415,24 +415,16 @@ impl World {
         }
         let domain = self.iommu.domain(WALKED).unwrap();
         let guest = self.guest.clone();
-        let mut at = range.start();
+        let mut rest = range;
         for _ in 0..100 {
-            let rest = IovaRange::new(at, range.last().max(at)).unwrap();
             let limit = if b == 0 { usize::MAX } else { usize::from(b % 4) + 1 };
             let mut walk = |from, last| guest.next(from, last);
             match domain.sync(rest, &mut walk, limit) {
                 Ok(progress) => {
                     self.complete(progress.completion);
-                    match progress.next {
-                        Some(next) if next <= range.last() => at = next,
-                        _ => {
-                            // With a limit the pieces behind the range are the caller's to go on with.
-                            if let Some(next) = progress.next {
-                                at = next;
-                                if at.0 / PAGE <= last {
-                                    continue;
-                                }
-                            }
+                    match progress.rest {
+                        Some(more) => rest = more,
+                        None => {
                             self.domains.insert(WALKED, now);
                             return;
                         }

@@ -6,6 +6,7 @@ mod builder;
 mod members;
 pub(crate) mod seating;
 mod subscribing;
+mod subscription;
 pub(crate) mod unit;
 
 use core::fmt;

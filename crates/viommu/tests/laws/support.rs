@@ -113,15 +113,11 @@ impl Guest {
     }
 
     pub fn sync(&self, domain: &Domain, range: IovaRange) {
-        let mut at = range.start();
-        loop {
-            let rest = IovaRange::new(at, range.last().max(at)).unwrap();
-            let progress = domain.sync(rest, &mut |from, last| self.next(from, last), usize::MAX).unwrap();
+        let mut rest = Some(range);
+        while let Some(range) = rest {
+            let progress = domain.sync(range, &mut |from, last| self.next(from, last), usize::MAX).unwrap();
             over(progress.completion);
-            match progress.next {
-                Some(next) => at = next,
-                None => return,
-            }
+            rest = progress.rest;
         }
     }
 

@@ -122,8 +122,7 @@ impl Table {
     /// The same from a compact node on. Out of line: what is there besides tables must not slow them down.
     #[inline(never)]
     fn leaf_below(&self, iova: u64, mut node: Node, mut level: u32) -> Leaf {
-        loop {
-            let Some((_, entry)) = node::slot(self.arena.words(), node, key(iova, level)) else { break };
+        while let Some((_, entry)) = node::slot(self.arena.words(), node, key(iova, level)) {
             if entry.is_leaf() {
                 return Leaf::new(entry, level);
             }
