@@ -3,7 +3,6 @@
 use std::{
     collections::{HashMap, HashSet},
     env,
-    hash::{BuildHasher, RandomState},
     process::Command,
 };
 
@@ -193,10 +192,11 @@ fn msrv(context: &Context) -> anyhow::Result<Outcome> {
     Ok(Outcome::Passed(format!("{} packages build with Rust {promised} by their own word", seen.len())))
 }
 
-/// A seed for the property tests, which the printed command shows.
+/// A seed for the property tests, which the printed command shows: the same in each run unless another is given, so
+/// that what a change broke is told apart from what was found by luck. Searching is what `cargo xtask fuzz` is for.
 fn seeded(mut command: Command) -> Command {
     const SEED: &str = "PROPTEST_RNG_SEED";
-    let seed = env::var(SEED).unwrap_or_else(|_| RandomState::new().hash_one(SEED).to_string());
+    let seed = env::var(SEED).unwrap_or_else(|_| "2016".to_owned());
     command.env(SEED, seed);
     command
 }

@@ -39,7 +39,7 @@ pub(crate) struct MirrorSeat {
 pub(crate) struct Swap {
     /// Old mappings that have a successor over the same range and were not unmapped.
     pub(crate) kept: Vec<Mapping>,
-    /// Pieces exchanged so far: old and new.
+    /// Extents exchanged so far: old and new.
     pub(crate) exchanged: Vec<(Mapping, Mapping)>,
     /// Mappings added so far without an exchange.
     pub(crate) added: Vec<Mapping>,
@@ -247,22 +247,26 @@ impl MirrorSeat {
         }
     }
 
-    /// Exchanges one backed piece for another over the same range, where the mirror can. `None`: it cannot here.
-    pub(crate) fn replace(
-        &mut self,
-        old: &Mapping,
-        new: &Mapping,
-        done: &mut Completion,
-    ) -> Option<Result<(), Refused>> {
+    /// What [`replace`](Self::replace) would give it of two backed pieces, if it is one extent for one over the same
+    /// range. Only then may the old one stay until the new one comes: else it would hold more than a step counted.
+    pub(crate) fn exchange(&self, old: &Mapping, new: &Mapping) -> Option<(Mapping, Mapping)> {
         let (mut a, mut b) = (Vec::new(), Vec::new());
         self.lens.extents(old, &mut a);
         self.lens.extents(new, &mut b);
-        let ([a], [b]) = (a.as_slice(), b.as_slice()) else { return None };
-        if a.range != b.range {
-            return None;
+        match (a.as_slice(), b.as_slice()) {
+            ([a], [b]) if a.range == b.range => Some((*a, *b)),
+            _ => None,
         }
+    }
+
+    /// Exchanges one extent for another over the same range.
+    pub(crate) fn replace(
+        &mut self,
+        (old, new): (&Mapping, &Mapping),
+        done: &mut Completion,
+    ) -> Result<(), Refused> {
         self.begin();
-        Some(match self.mirror.replace(a, b) {
+        match self.mirror.replace(old, new) {
             Ok(ack) => {
                 self.counts.replace += 1;
                 self.note(ack, done);
@@ -272,7 +276,7 @@ impl MirrorSeat {
                 self.counts.refused += 1;
                 Err(refused)
             }
-        })
+        }
     }
 
     /// Takes away what it holds of these backed pieces. Where it unmaps wide, nothing else may be mapped between them.

@@ -19,6 +19,14 @@ fn over<'a>(list: &'a [Mapping], mapping: &Mapping) -> Option<&'a Mapping> {
     list.get(at)
 }
 
+/// What is exchanged at this mirror when `new` follows `old`: one extent for one, over the same range.
+fn pair(seat: &MirrorSeat, backing: &Backing, old: &Mapping, new: &Mapping) -> Option<(Mapping, Mapping)> {
+    match (pieces_of(backing, old).as_slice(), pieces_of(backing, new).as_slice()) {
+        ([old], [new]) => seat.exchange(old, new),
+        _ => None,
+    }
+}
+
 /// Takes away those of `removed` that have no successor over the same range; the others stay for [`add_all`].
 pub(crate) fn remove_unpaired(
     seat: &mut MirrorSeat,
@@ -29,13 +37,11 @@ pub(crate) fn remove_unpaired(
     dirty: &mut Option<DirtyLog>,
 ) -> Result<(), Failure> {
     for old in removed {
-        let pieces = pieces_of(backing, old);
-        let one = |pieces: &[Mapping]| pieces.len() == 1;
-        let paired = over(plan.added, old).is_some_and(|new| one(&pieces) && one(&pieces_of(backing, new)));
-        if paired && seat.is_complete() {
+        let new = over(plan.added, old).filter(|_| seat.is_complete());
+        if new.is_some_and(|new| pair(seat, backing, old, new).is_some()) {
             seat.swap.kept.push(*old);
         } else {
-            seat.remove(&pieces, done, dirty)?;
+            seat.remove(&pieces_of(backing, old), done, dirty)?;
         }
     }
     Ok(())
@@ -50,25 +56,15 @@ pub(crate) fn add_all(
     dirty: &mut Option<DirtyLog>,
 ) -> Result<(), AddError> {
     for new in plan.added {
-        let pieces = pieces_of(backing, new);
         let kept = seat.swap.kept.iter().find(|old| old.range == new.range).copied();
-        let old_piece = kept.and_then(|old| pieces_of(backing, &old).first().copied());
-        if let (Some(old), Some(old_piece), Some(new_piece)) = (kept, old_piece, pieces.first()) {
-            match seat.replace(&old_piece, new_piece, done) {
-                Some(Ok(())) => {
-                    // Nobody says what was written through the old one.
-                    note_dirty(dirty, &[old_piece], None);
-                    seat.swap.exchanged.push((old_piece, *new_piece));
-                    continue;
-                }
-                Some(Err(refused)) => return Err(AddError::Refused(refused)),
-                // Not one extent for one here (a window, a hole): unmap and map after all.
-                None => {
-                    seat.swap.kept.retain(|m| *m != old);
-                    seat.remove(&[old_piece], done, dirty).map_err(AddError::Fence)?;
-                }
-            }
+        if let Some((old, new)) = kept.and_then(|old| pair(seat, backing, &old, new)) {
+            seat.replace((&old, &new), done).map_err(AddError::Refused)?;
+            // Nobody says what was written through the old one.
+            note_dirty(dirty, &[old], None);
+            seat.swap.exchanged.push((old, new));
+            continue;
         }
+        let pieces = pieces_of(backing, new);
         for (at, piece) in pieces.iter().enumerate() {
             if let Err(error) = seat.add(piece, done) {
                 for undo in pieces.get(..at).unwrap_or_default() {
@@ -114,13 +110,9 @@ pub(crate) fn undo(
         }
     }
     for (old, new) in core::mem::take(&mut seat.swap.exchanged) {
-        match seat.replace(&new, &old, done) {
-            Some(Ok(())) => {
-                note_dirty(dirty, &[new], None);
-            }
-            Some(Err(refused)) => return Err(format!("could not put {} back: {refused}", old.range)),
-            None => return Err(format!("could not put {} back", old.range)),
-        }
+        let back = seat.replace((&new, &old), done);
+        back.map_err(|refused| format!("could not put {} back: {refused}", old.range))?;
+        note_dirty(dirty, &[new], None);
     }
     Ok(())
 }

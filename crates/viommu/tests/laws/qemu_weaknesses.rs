@@ -268,6 +268,17 @@ fn no_more_entries_is_said_before_the_host_says_so() {
 }
 
 #[test]
+fn an_entry_that_a_replacement_frees_is_free_before_it_is_taken() {
+    let (iommu, _, domain) = attached();
+    let (_s, m) = mirror_on(&iommu, 1, Reach { entries: Some(2), replace: true, ..Reach::default() });
+    over(domain.map(rw(2, 2, 1)).unwrap());
+    over(domain.map(rw(6, 6, 2)).unwrap());
+    // The mirror holds nothing of the successor, and one extent more in front of it.
+    over(domain.batch().map(rw(0, 0, 3)).replace(rw(6, 6, 2).mmio()).commit().unwrap());
+    assert_eq!(m.held(), [rw(0, 0, 3), rw(2, 2, 1)]);
+}
+
+#[test]
 fn a_cap_does_not_keep_what_the_guest_took_away() {
     let guest = Guest::default();
     let (iommu, _) = unit_with(|b| b.ram(0, 1 << 30).domain_mappings(2));
