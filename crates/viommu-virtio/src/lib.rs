@@ -1,0 +1,5 @@
+//! The virtio-iommu device (VIRTIO 1.4, device type 23), to be put behind any transport.
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+pub mod spec;
