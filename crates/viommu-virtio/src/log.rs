@@ -1,0 +1,46 @@
+//! Events for `tracing`, if that is wanted. What a guest can cause is said a few times a second at most.
+
+#[cfg(feature = "tracing")]
+mod limited {
+    use std::sync::{Mutex, PoisonError};
+    use std::time::Instant;
+
+    use crate::rate::Bucket;
+
+    /// Whether a guest-caused event may be said now; one limit for all devices of the process.
+    pub(super) fn may_say() -> bool {
+        static LIMIT: Mutex<Option<Bucket>> = Mutex::new(None);
+        let mut limit = LIMIT.lock().unwrap_or_else(PoisonError::into_inner);
+        limit.get_or_insert_with(|| Bucket::new(10, 20)).take(Instant::now())
+    }
+}
+
+/// A device behind the IOMMU reached nothing.
+pub(crate) fn fault(fault: &viommu::Fault) {
+    #[cfg(feature = "tracing")]
+    if tracing::enabled!(tracing::Level::DEBUG) && limited::may_say() {
+        tracing::debug!(%fault, "a device faulted");
+    }
+    #[cfg(not(feature = "tracing"))]
+    let _ = fault;
+}
+
+/// A request was refused.
+pub(crate) fn refused(kind: u8, status: u8, why: &dyn core::fmt::Display) {
+    #[cfg(feature = "tracing")]
+    if tracing::enabled!(tracing::Level::DEBUG) && limited::may_say() {
+        tracing::debug!(request = kind, status, %why, "a request was refused");
+    }
+    #[cfg(not(feature = "tracing"))]
+    let _ = (kind, status, why);
+}
+
+/// Something went wrong that is the host's, or that the embedder should look at.
+pub(crate) fn trouble(what: &str, why: &dyn core::fmt::Display) {
+    #[cfg(feature = "tracing")]
+    if limited::may_say() {
+        tracing::warn!(%why, "{what}");
+    }
+    #[cfg(not(feature = "tracing"))]
+    let _ = (what, why);
+}
