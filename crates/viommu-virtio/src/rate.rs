@@ -48,8 +48,9 @@ mod tests {
         let mut bucket = Bucket::new(10, 3);
         assert_eq!((0..5).filter(|_| bucket.take(start)).count(), 3);
         assert!(!bucket.take(start + Duration::from_millis(99)));
+        assert!(bucket.take(start + Duration::from_millis(150)));
+        assert!(!bucket.take(start + Duration::from_millis(199)));
         assert!(bucket.take(start + Duration::from_millis(200)));
-        assert!(!bucket.take(start + Duration::from_millis(201)));
         let later = start + Duration::from_secs(3600);
         assert_eq!((0..9).filter(|_| bucket.take(later)).count(), 3);
     }
