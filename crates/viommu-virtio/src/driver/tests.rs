@@ -10,7 +10,7 @@ const BASE: u64 = 0x1000;
 
 fn driver(size: u16) -> Driver<Arc<GuestMemoryMmap>> {
     let bytes = Driver::<Arc<GuestMemoryMmap>>::bytes(size, 64);
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(BASE), bytes as usize)]).unwrap();
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(BASE), bytes.try_into().unwrap())]).unwrap();
     Driver::new(Arc::new(memory), BASE, size, 64).unwrap()
 }
 
@@ -36,7 +36,7 @@ fn serve(driver: &Driver<Arc<GuestMemoryMmap>>, queue: &mut Queue, status: u8) -
         for (at, byte) in room.iter().rev().zip([0, 0, 0, status]) {
             memory.write_obj(byte, *at).unwrap();
         }
-        queue.add_used(&*memory, head, room.len() as u32).unwrap();
+        queue.add_used(&*memory, head, room.len().try_into().unwrap()).unwrap();
         seen.push((bytes, pieces));
     }
     seen
