@@ -2,5 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+#[cfg(feature = "fdt")]
+pub mod fdt;
 pub mod spec;
 pub mod viot;
