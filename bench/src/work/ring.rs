@@ -34,7 +34,7 @@ struct Rig {
 }
 
 fn rig(mirrors: usize) -> anyhow::Result<Rig> {
-    let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?);
+    let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 2 << 20)])?);
     let builder = Iommu::builder().ram(LOW_RAM.0, LOW_RAM.1).ram(HIGH_RAM.0, HIGH_RAM.1);
     let device = VirtioIommu::new(builder, Config::default())?;
     let plan =

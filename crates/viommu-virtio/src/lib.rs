@@ -104,7 +104,10 @@ mod rate;
 pub mod spec;
 #[cfg_attr(
     not(test),
-    expect(clippy::arithmetic_side_effects, reason = "the embedder's: small numbers in 64 bits, and lengths")
+    expect(
+        clippy::arithmetic_side_effects,
+        reason = "the embedder's: small numbers in 64 bits, and lengths"
+    )
 )]
 pub mod viot;
 

@@ -1,6 +1,7 @@
 //! The request queue: requests in ring order, answers when their steps are complete.
 
 pub(crate) mod chain;
+pub(crate) mod near;
 
 use core::ops::Deref;
 use core::task::{Context, Poll};
@@ -11,11 +12,12 @@ use std::time::{Duration, Instant};
 
 use viommu::{Completion, WaitError};
 use virtio_queue::{AvailIter, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemory};
+use vm_memory::{GuestAddressSpace, GuestMemory, GuestMemoryBackend};
 
 use crate::device::VirtioIommu;
 use crate::device::execute::{Executor, Requests};
 use chain::Frame;
+use near::Near;
 
 /// Times that one [`RequestQueue::process`] looks for more: a driver that goes on filling the ring does not keep it.
 const ROUNDS: usize = 4;
@@ -88,7 +90,11 @@ pub struct RequestQueue<M> {
     waiting: VecDeque<Waiting>,
 }
 
-impl<M: GuestAddressSpace> RequestQueue<M> {
+impl<M> RequestQueue<M>
+where
+    M: GuestAddressSpace,
+    M::M: GuestMemoryBackend,
+{
     pub(crate) fn new(device: VirtioIommu, queue: Queue, memory: M, interrupt: Interrupt) -> Self {
         Self {
             device,
@@ -109,12 +115,12 @@ impl<M: GuestAddressSpace> RequestQueue<M> {
     /// See [`QueueError`]. Requests executed before stay executed.
     pub fn process(&mut self) -> Result<bool, QueueError> {
         let memory = self.memory.memory();
-        let memory = &*memory;
+        let memory = &Near::new(&*memory);
         let mut more = false;
         for _ in 0..ROUNDS {
             self.queue.disable_notification(memory)?;
             self.execute(memory)?;
-            self.give_back(None)?;
+            self.give_back(memory, None)?;
             more = self.queue.enable_notification(memory)?;
             if !more {
                 break;
@@ -123,7 +129,7 @@ impl<M: GuestAddressSpace> RequestQueue<M> {
         Ok(more)
     }
 
-    fn execute(&mut self, memory: &M::M) -> Result<(), QueueError> {
+    fn execute(&mut self, memory: &Near<'_, M::M>) -> Result<(), QueueError> {
         let since = Instant::now();
         let before = self.answers.len();
         let size = self.queue.size();
@@ -139,9 +145,11 @@ impl<M: GuestAddressSpace> RequestQueue<M> {
     }
 
     /// Gives back what is complete, in order.
-    fn give_back(&mut self, mut cx: Option<&mut Context<'_>>) -> Result<(), QueueError> {
-        let memory = self.memory.memory();
-        let memory = &*memory;
+    fn give_back(
+        &mut self,
+        memory: &Near<'_, M::M>,
+        mut cx: Option<&mut Context<'_>>,
+    ) -> Result<(), QueueError> {
         let mut used = false;
         while let Some(first) = self.waiting.front_mut() {
             let over = match &mut cx {
@@ -173,7 +181,8 @@ impl<M: GuestAddressSpace> RequestQueue<M> {
     /// # Errors
     /// See [`QueueError`].
     pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), QueueError>> {
-        match self.give_back(Some(cx)) {
+        let memory = self.memory.memory();
+        match self.give_back(&Near::new(&*memory), Some(cx)) {
             Ok(()) if !self.waiting.is_empty() => Poll::Pending,
             outcome => Poll::Ready(outcome),
         }
@@ -188,7 +197,8 @@ impl<M: GuestAddressSpace> RequestQueue<M> {
         let start = Instant::now();
         while let Some(first) = self.waiting.front_mut() {
             first.done.wait_timeout(limit.saturating_sub(start.elapsed()))?;
-            self.give_back(None)?;
+            let memory = self.memory.memory();
+            self.give_back(&Near::new(&*memory), None)?;
         }
         Ok(())
     }
