@@ -372,12 +372,16 @@ impl VirtioIommu {
     }
 
     /// The event queue, likewise.
-    pub fn event_queue<M: GuestAddressSpace>(
+    pub fn event_queue<M>(
         &self,
         queue: Queue,
         memory: M,
         interrupt: impl Fn() + Send + 'static,
-    ) -> EventQueue<M> {
+    ) -> EventQueue<M>
+    where
+        M: GuestAddressSpace,
+        M::M: GuestMemoryBackend,
+    {
         EventQueue::new(self.clone(), queue, memory, Box::new(interrupt))
     }
 

@@ -3,7 +3,6 @@
 pub(crate) mod chain;
 pub(crate) mod near;
 
-use core::ops::Deref;
 use core::task::{Context, Poll};
 use std::collections::VecDeque;
 use std::future::Future;
@@ -12,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use viommu::{Completion, WaitError};
 use virtio_queue::{AvailIter, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemory, GuestMemoryBackend};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use crate::device::VirtioIommu;
 use crate::device::execute::{Executor, Requests};
@@ -46,19 +45,16 @@ struct Waiting {
 }
 
 /// What is in the ring now, and the answers that are not given back.
-struct Ring<'q, M> {
-    chains: AvailIter<'q, M>,
+struct Ring<'q, 'm, M: GuestMemoryBackend> {
+    memory: &'q Near<'m, M>,
+    chains: AvailIter<'q, &'q Near<'m, M>>,
     size: u16,
     answers: &'q mut VecDeque<(u16, u32)>,
     /// As many requests are out as the ring holds, and there are more: they cannot all be requests of their own.
     overflow: bool,
 }
 
-impl<M> Requests for Ring<'_, M>
-where
-    M: Deref + Clone,
-    M::Target: GuestMemory + Sized,
-{
+impl<M: GuestMemoryBackend> Requests for Ring<'_, '_, M> {
     fn next(&mut self, frame: &mut Frame) -> Option<(u16, bool)> {
         let chain = self.chains.next()?;
         if self.answers.len() >= usize::from(self.size) {
@@ -66,7 +62,7 @@ where
             return None;
         }
         let head = chain.head_index();
-        Some((head, frame.read(chain, self.size).is_ok()))
+        Some((head, frame.read(self.memory, chain, self.size).is_ok()))
     }
 
     fn answer(&mut self, head: u16, used: u32) {
@@ -134,7 +130,7 @@ where
         let before = self.answers.len();
         let size = self.queue.size();
         let Self { device, queue, frame, answers, .. } = self;
-        let mut ring = Ring { chains: queue.iter(memory)?, size, answers, overflow: false };
+        let mut ring = Ring { memory, chains: queue.iter(memory)?, size, answers, overflow: false };
         let (done, unmaps) = Executor::new(device).run(memory, &mut ring, frame);
         let overflow = ring.overflow;
         let answers = self.answers.len().saturating_sub(before);

@@ -7,8 +7,8 @@ use core::iter::FusedIterator;
 use vm_memory::bitmap::{BS, BitmapSlice};
 use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{
-    GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, GuestMemoryResult, MemoryRegionAddress,
-    Permissions, VolatileSlice,
+    Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, GuestMemoryResult,
+    MemoryRegionAddress, Permissions, VolatileSlice,
 };
 
 type BitmapOf<M> = <<M as GuestMemoryBackend>::R as GuestMemoryRegion>::B;
@@ -25,6 +25,7 @@ impl<'m, M: GuestMemoryBackend> Near<'m, M> {
     }
 
     /// The region of `addr` and the offset there, if `count` bytes lie in it.
+    #[inline]
     fn region(&self, addr: GuestAddress, count: usize) -> Option<(&'m M::R, MemoryRegionAddress)> {
         let inside = |region: &'m M::R| {
             let offset = addr.0.checked_sub(region.start_addr().0)?;
@@ -39,14 +40,54 @@ impl<'m, M: GuestMemoryBackend> Near<'m, M> {
     }
 }
 
+impl<M: GuestMemoryBackend> Near<'_, M> {
+    /// Reads all of `bytes`, or fails.
+    #[inline]
+    pub(crate) fn read(&self, bytes: &mut [u8], addr: GuestAddress) -> GuestMemoryResult<()> {
+        match self.slice(addr, bytes.len()) {
+            Some(slice) => {
+                slice.copy_to(bytes);
+                Ok(())
+            }
+            None => self.memory.read_slice(bytes, addr),
+        }
+    }
+
+    /// Writes all of `bytes`, or fails.
+    #[inline]
+    pub(crate) fn write(&self, bytes: &[u8], addr: GuestAddress) -> GuestMemoryResult<()> {
+        match self.slice(addr, bytes.len()) {
+            Some(slice) => {
+                slice.copy_from(bytes);
+                Ok(())
+            }
+            None => self.memory.write_slice(bytes, addr),
+        }
+    }
+
+    /// Whether all of it is memory.
+    #[inline]
+    pub(crate) fn is_there(&self, addr: GuestAddress, count: usize) -> bool {
+        self.region(addr, count).is_some() || GuestMemoryBackend::check_range(self.memory, addr, count)
+    }
+
+    #[inline]
+    fn slice(&self, addr: GuestAddress, count: usize) -> Option<VolatileSlice<'_, BS<'_, BitmapOf<M>>>> {
+        let (region, offset) = self.region(addr, count)?;
+        region.get_slice(offset, count).ok()
+    }
+}
+
 impl<M: GuestMemoryBackend> GuestMemory for Near<'_, M> {
     type PhysicalMemory = M;
     type Bitmap = BitmapOf<M>;
 
+    #[inline]
     fn check_range(&self, addr: GuestAddress, count: usize, _: Permissions) -> bool {
-        self.region(addr, count).is_some() || GuestMemoryBackend::check_range(self.memory, addr, count)
+        self.is_there(addr, count)
     }
 
+    #[inline]
     fn get_slices<'a>(
         &'a self,
         addr: GuestAddress,
@@ -98,12 +139,38 @@ where
     B: BitmapSlice,
     I: GuestMemorySliceIterator<'a, B>,
 {
+    /// As the one provided, which looks ahead: results are large, and this is all that most accesses do.
+    #[inline]
+    fn stop_on_error(self) -> GuestMemoryResult<impl Iterator<Item = VolatileSlice<'a, B>>> {
+        Ok(match self {
+            Self::One(slice) => Readable::One(slice.transpose()?),
+            Self::Many(slices) => Readable::Many(slices.stop_on_error()?),
+        })
+    }
+}
+
+/// [`Slices`] up to the first error.
+enum Readable<'a, B: BitmapSlice, I> {
+    One(Option<VolatileSlice<'a, B>>),
+    Many(I),
+}
+
+impl<'a, B: BitmapSlice, I: Iterator<Item = VolatileSlice<'a, B>>> Iterator for Readable<'a, B, I> {
+    type Item = VolatileSlice<'a, B>;
+
+    #[inline]
+    fn next(&mut self) -> Option<Self::Item> {
+        match self {
+            Self::One(slice) => slice.take(),
+            Self::Many(slices) => slices.next(),
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestMemoryMmap};
+    use vm_memory::GuestMemoryMmap;
 
     #[test]
     fn access_across_regions_and_outside_is_as_in_the_memory_itself() {
