@@ -97,6 +97,18 @@ pub mod driver;
 mod events;
 #[cfg(feature = "fdt")]
 pub mod fdt;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+#[cfg_attr(
+    not(test),
+    expect(
+        clippy::arithmetic_side_effects,
+        clippy::as_conversions,
+        clippy::indexing_slicing,
+        reason = "it panics when something is wrong"
+    )
+)]
+pub mod fuzzing;
 mod log;
 mod metrics;
 mod queue;

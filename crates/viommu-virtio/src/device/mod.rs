@@ -110,6 +110,15 @@ pub(crate) struct Control {
     domains: BTreeMap<u32, GuestDomain>,
 }
 
+#[cfg(feature = "fuzzing")]
+impl Control {
+    /// The domain that an endpoint is attached to, and whether it is a bypass one.
+    pub(crate) fn attached_to(&self, endpoint: u32) -> Option<(u32, bool)> {
+        let id = *self.attached.get(&endpoint)?;
+        Some((id, matches!(self.domains.get(&id)?.kind, Kind::Bypass)))
+    }
+}
+
 struct Member {
     /// What a PROBE says: ascending, disjoint.
     regions: Vec<Region>,
