@@ -103,7 +103,6 @@ pub mod fdt;
     not(test),
     expect(
         clippy::arithmetic_side_effects,
-        clippy::as_conversions,
         clippy::indexing_slicing,
         reason = "it panics when something is wrong"
     )
@@ -113,7 +112,10 @@ mod log;
 mod metrics;
 mod queue;
 mod rate;
+#[cfg(all(test, shuttle))]
+mod shuttle_tests;
 pub mod spec;
+mod sync;
 #[cfg_attr(
     not(test),
     expect(

@@ -8,7 +8,7 @@ mod topology;
 
 use core::ops::RangeInclusive;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use viommu::endpoint::Region;
 use viommu::{
@@ -25,6 +25,7 @@ use crate::metrics::{Counters, Metrics};
 use crate::queue::RequestQueue;
 use crate::spec::config::{self, BYPASS_OFFSET};
 use crate::spec::{Features, property};
+use crate::sync::{self, Mutex, MutexGuard};
 use limits::Limits;
 
 pub use state::{RestoreError, STATE_VERSION, SaveError, Saved, SavedMember};
@@ -201,7 +202,7 @@ impl VirtioIommu {
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Control> {
-        self.0.control.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.0.control)
     }
 
     pub(crate) fn faults(&self) -> &Faults {
