@@ -22,7 +22,7 @@ impl fmt::Debug for Script {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 2_000,
+        cases: 600,
         max_shrink_iters: 20_000,
         failure_persistence: Some(Box::new(FileFailurePersistence::Off)),
         ..ProptestConfig::default()
@@ -30,7 +30,7 @@ proptest! {
 
     #[test]
     fn device_does_what_the_specification_says_whatever_the_driver_does(
-        script in vec(any::<u8>(), 0..900).prop_map(Script),
+        script in vec(any::<u8>(), 0..2_000).prop_map(Script),
     ) {
         world::play(&script.0);
     }

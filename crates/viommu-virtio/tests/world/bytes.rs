@@ -35,10 +35,12 @@ pub(crate) fn windows(unit: u64) -> [u64; 3] {
     [0, HIGH, 0_u64.wrapping_sub(16 * unit)]
 }
 
-fn domain(choices: &mut Choices<'_>) -> u32 {
+/// One of `live`, mostly; or any other.
+fn domain(choices: &mut Choices<'_>, live: &[u32]) -> u32 {
     match choices.byte() {
         255 => u32::MAX,
         254 => 0,
+        other if other < 192 && !live.is_empty() => live[usize::from(other) % live.len()],
         other => u32::from(other % 4) + 1,
     }
 }
@@ -67,10 +69,10 @@ fn range(choices: &mut Choices<'_>, unit: u64) -> (u64, u64) {
     }
 }
 
-fn typed(choices: &mut Choices<'_>, unit: u64) -> Request {
+fn typed(choices: &mut Choices<'_>, unit: u64, live: &[u32]) -> Request {
     match choices.below(16) {
         0..=5 => {
-            let domain = domain(choices);
+            let domain = domain(choices, live);
             let (virt_start, virt_end) = range(choices, unit);
             let phys_start = match choices.byte() {
                 255 => u64::MAX - (unit - 1),
@@ -84,12 +86,12 @@ fn typed(choices: &mut Choices<'_>, unit: u64) -> Request {
             Request::Map { domain, virt_start, virt_end, phys_start, flags }
         }
         6..=8 => {
-            let domain = domain(choices);
+            let domain = domain(choices, live);
             let (virt_start, virt_end) = range(choices, unit);
             Request::Unmap { domain, virt_start, virt_end }
         }
         9..=12 => {
-            let (domain, endpoint) = (domain(choices), endpoint(choices));
+            let (domain, endpoint) = (domain(choices, &[]), endpoint(choices));
             let flags = match choices.byte() {
                 255 => 0x8000_0000,
                 254 => 2,
@@ -97,14 +99,19 @@ fn typed(choices: &mut Choices<'_>, unit: u64) -> Request {
             };
             Request::Attach { domain, endpoint, flags: AttachFlags::from_bits_retain(flags) }
         }
-        13 | 14 => Request::Detach { domain: domain(choices), endpoint: endpoint(choices) },
+        13 | 14 => Request::Detach { domain: domain(choices, live), endpoint: endpoint(choices) },
         _ => Request::Probe { endpoint: endpoint(choices) },
     }
 }
 
 /// A request, and how it lies in the ring. One in eight is not as it should be.
-pub(crate) fn request(choices: &mut Choices<'_>, unit: u64, probe_size: u32) -> (Request, Split) {
-    let request = typed(choices, unit);
+pub(crate) fn request(
+    choices: &mut Choices<'_>,
+    unit: u64,
+    probe_size: u32,
+    live: &[u32],
+) -> (Request, Split) {
+    let request = typed(choices, unit, live);
     let how = choices.byte();
     let request = if how >= 0xe0 {
         let mut bytes = request.to_bytes();

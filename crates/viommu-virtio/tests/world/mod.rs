@@ -49,6 +49,8 @@ pub(crate) struct World {
     subs: Vec<Sub>,
     /// The page that picky mirrors refuse; 2^64-1: none.
     poison: Arc<AtomicU64>,
+    /// In which way they do. All in one: whose word is heard first is not specified.
+    word: u8,
 }
 
 /// Any bytes are legal.
@@ -145,6 +147,7 @@ impl World {
             readers: BTreeMap::new(),
             subs: Vec::new(),
             poison: Arc::new(AtomicU64::new(u64::MAX)),
+            word: more >> 6,
         };
         for id in &ENDPOINTS[..3] {
             world.add_endpoint(choices, *id);
@@ -178,11 +181,11 @@ impl World {
 
     fn step(&mut self, choices: &mut Choices<'_>) {
         match choices.below(32) {
-            0..=19 => self.kick(choices),
-            20..=22 => self.subscribe(choices),
-            23 => self.unsubscribe(choices),
-            24 | 25 => self.meddle(choices),
-            26 | 27 => self.fill(choices),
+            0..=16 => self.kick(choices),
+            17..=20 => self.subscribe(choices),
+            21 => self.unsubscribe(choices),
+            22..=24 => self.meddle(choices),
+            25..=27 => self.fill(choices),
             28 => {
                 let value = choices.byte() % 4;
                 let done = self.device.write_config(BYPASS_OFFSET as u64, &[value]);
@@ -236,8 +239,9 @@ impl World {
         let mut due: Vec<(Request, Token, Verdict)> = Vec::new();
         let inside = ENDPOINTS[usize::from(how >> 4) % 4];
         let inside = self.model.view(inside).filter(|_| how >= 0xc0).map(|view| (inside, view));
+        let live: Vec<u32> = self.model.domains.keys().copied().collect();
         for _ in 0..count {
-            let (request, split) = bytes::request(choices, self.unit, PROBE_SIZE);
+            let (request, split) = bytes::request(choices, self.unit, PROBE_SIZE, &live);
             let token = match self.driver.push_split(&request, &split) {
                 Ok(token) => token,
                 // Too long for a table, or for what is left of the ring.

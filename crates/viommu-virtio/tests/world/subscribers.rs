@@ -77,6 +77,7 @@ struct Made {
 
 fn make(
     choices: &mut Choices<'_>,
+    word: u8,
     endpoint: u32,
     poison: &Arc<AtomicU64>,
     apertures: Vec<IovaRange>,
@@ -96,7 +97,7 @@ fn make(
         (RefusalKind::Range, RANGE),
         (RefusalKind::Unsupported, UNSUPP),
         (RefusalKind::Device, DEVERR),
-    ][usize::from(how >> 6)];
+    ][usize::from(word % 4)];
     let minds = how & 32 != 0;
     let model = reference::Mirror {
         endpoint,
@@ -161,7 +162,7 @@ impl World {
                     model.regions.push(reference::Region { start, end, msi: false });
                 }
             }
-            made = Some(make(choices, id, &self.poison, apertures));
+            made = Some(make(choices, self.word, id, &self.poison, apertures));
         }
         (plan, model, made)
     }
@@ -218,7 +219,7 @@ impl World {
             return;
         }
         let Made { mirror, handle, model, refuse_unmap } =
-            make(choices, id, &self.poison, vec![IovaRange::ALL]);
+            make(choices, self.word, id, &self.poison, vec![IovaRange::ALL]);
         let due = self.model.may_subscribe(&model);
         match self.device.subscribe_mirror(id, mirror, Interest::MIRROR) {
             Ok(mut subscription) => {
