@@ -257,7 +257,9 @@ impl World {
         let moves =
             |r: &Request| !matches!(r, Request::Map { .. } | Request::Unmap { .. } | Request::Probe { .. });
         let lost = |id: u32| due.iter().any(|(.., v)| v.lost == Some(id));
-        if let Some((_, reference::View::Domain(id))) = inside
+        // Who is cut off sees nothing, so nothing of it is in the way.
+        if let Some((endpoint, reference::View::Domain(id))) = inside
+            && !self.model.endpoints[&endpoint].fenced
             && lost(id)
             && !due.iter().any(|(r, ..)| moves(r))
         {
