@@ -95,11 +95,21 @@ mod device;
 )]
 pub mod driver;
 mod events;
+#[cfg(feature = "fdt")]
+pub mod fdt;
 mod log;
 mod metrics;
 mod queue;
 mod rate;
 pub mod spec;
+#[cfg_attr(
+    not(test),
+    expect(
+        clippy::arithmetic_side_effects,
+        reason = "the embedder's: small numbers in 64 bits, and lengths"
+    )
+)]
+pub mod viot;
 
 pub use device::{
     Added, Config, ConfigError, EndpointPlan, Reset, RestoreError, STATE_VERSION, SaveError, Saved,

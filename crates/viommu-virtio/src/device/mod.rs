@@ -15,7 +15,7 @@ use viommu::{
     AttachErrorKind, BuildError, Builder, Completion, Domain, Endpoint, Iommu, IovaRange, ResetKind,
 };
 use virtio_queue::Queue;
-use vm_memory::GuestAddressSpace;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
 
@@ -356,23 +356,32 @@ impl VirtioIommu {
         }
     }
 
-    /// The request queue: `queue` as the driver has set it up, in `memory`, and how to interrupt the driver for it.
-    pub fn request_queue<M: GuestAddressSpace>(
+    /// The request queue: `queue` as the driver has set it up, in `memory`, and how to interrupt the driver for it. The
+    /// device's own rings are not translated, so it is plain memory.
+    pub fn request_queue<M>(
         &self,
         queue: Queue,
         memory: M,
         interrupt: impl Fn() + Send + 'static,
-    ) -> RequestQueue<M> {
+    ) -> RequestQueue<M>
+    where
+        M: GuestAddressSpace,
+        M::M: GuestMemoryBackend,
+    {
         RequestQueue::new(self.clone(), queue, memory, Box::new(interrupt))
     }
 
     /// The event queue, likewise.
-    pub fn event_queue<M: GuestAddressSpace>(
+    pub fn event_queue<M>(
         &self,
         queue: Queue,
         memory: M,
         interrupt: impl Fn() + Send + 'static,
-    ) -> EventQueue<M> {
+    ) -> EventQueue<M>
+    where
+        M: GuestAddressSpace,
+        M::M: GuestMemoryBackend,
+    {
         EventQueue::new(self.clone(), queue, memory, Box::new(interrupt))
     }
 
