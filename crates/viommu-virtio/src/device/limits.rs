@@ -73,9 +73,20 @@ impl Limits {
         Ok(if flags.contains(MapFlags::MMIO) { mapping.mmio() } else { mapping })
     }
 
-    /// The range of an UNMAP. Its alignment does not matter: what it would cut is seen by the record.
+    /// The range of an UNMAP. It need not be aligned: it may end in a hole.
     pub(crate) fn unmap(&self, request: &Unmap) -> Result<IovaRange, Status> {
         self.check_domain(request.domain.get())?;
         self.range(request.virt_start.get(), request.virt_end.get())
+    }
+
+    /// The whole pages inside `range`.
+    pub(crate) fn whole_pages(&self, range: IovaRange) -> Option<IovaRange> {
+        let mask = self.granule.wrapping_sub(1);
+        let start = range.start().0.checked_add(mask)? & !mask;
+        let last = match range.last().0.checked_add(1) {
+            Some(end) => (end & !mask).checked_sub(1)?,
+            None => u64::MAX,
+        };
+        IovaRange::new(Iova(start), Iova(last))
     }
 }

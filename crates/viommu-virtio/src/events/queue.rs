@@ -8,7 +8,7 @@ use crate::device::VirtioIommu;
 use crate::metrics::bump;
 use crate::queue::chain::Frame;
 use crate::queue::near::Near;
-use crate::queue::{Interrupt, QueueError};
+use crate::queue::{Interrupt, QueueError, wants_interrupt};
 use crate::spec::event;
 
 /// Gives fault reports to the driver. Call [`EventQueue::process`] when the driver has put buffers there, and when the
@@ -68,7 +68,7 @@ where
                 bump(&self.device.counters().small_buffers);
             }
         }
-        if used && self.queue.needs_notification(memory)? {
+        if used && wants_interrupt(&mut self.queue, memory)? {
             (self.interrupt)();
         }
         Ok(reported)

@@ -3,6 +3,7 @@
 pub(crate) mod chain;
 pub(crate) mod near;
 
+use core::sync::atomic::Ordering;
 use core::task::{Context, Poll};
 use std::collections::VecDeque;
 use std::future::Future;
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use viommu::{Completion, WaitError};
 use virtio_queue::{AvailIter, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryBackend};
 
 use crate::device::VirtioIommu;
 use crate::device::execute::{Executor, Requests};
@@ -23,6 +24,23 @@ const ROUNDS: usize = 4;
 
 /// Called when the driver is to be interrupted for a queue.
 pub(crate) type Interrupt = Box<dyn Fn() + Send>;
+
+/// Whether the driver wants to be interrupted for what has been used since the last time. Without EVENT_IDX its flag
+/// says so, which virtio-queue does not look at; a driver that polls (Linux's does) is spared an exit a batch.
+pub(crate) fn wants_interrupt(
+    queue: &mut Queue,
+    memory: &impl GuestMemory,
+) -> Result<bool, virtio_queue::Error> {
+    const NO_INTERRUPT: u16 = 1;
+    // With a fence between what was used and the look at what is wanted.
+    let wanted = queue.needs_notification(memory)?;
+    if !wanted || queue.event_idx_enabled() {
+        return Ok(wanted);
+    }
+    let flags = memory.load(GuestAddress(queue.avail_ring()), Ordering::Relaxed);
+    let flags = flags.map(u16::from_le).map_err(virtio_queue::Error::GuestMemory)?;
+    Ok(flags & NO_INTERRUPT == 0)
+}
 
 /// The ring itself is not usable: the device needs a reset (`DEVICE_NEEDS_RESET`), which the transport tells.
 #[derive(Debug, thiserror::Error)]
@@ -165,7 +183,7 @@ where
                 used = true;
             }
         }
-        if used && self.queue.needs_notification(memory)? {
+        if used && wants_interrupt(&mut self.queue, memory)? {
             (self.interrupt)();
         }
         Ok(())

@@ -42,7 +42,10 @@ impl DomainInner {
     /// Adds one mapping where nobody listens.
     #[inline]
     pub(crate) fn insert_alone(&self, state: &mut DomainState, new: &Mapping) -> Result<(), StepErrorKind> {
-        self.claim(state, 1)?;
+        if let Err(cap) = self.claim(state, 1) {
+            // As where somebody listens: what is wrong in itself is told before what is too much.
+            return Err(if state.writer.is_taken_in(new.range) { state.overlap(new) } else { cap });
+        }
         let outcome = self.publish(|| state.writer.insert(new));
         outcome.map_err(|error| {
             self.totals.give_back(1);

@@ -89,8 +89,10 @@ pub(crate) fn join(
     for seat in &mut seats.mirrors {
         seat.arrive(clip_to(domain, &seat.lens, regions), domain.is_refusable());
     }
-    {
+    let was_here = {
         let mut state = lock(&domain.state);
+        // A mirror may come to an endpoint that is here already.
+        let was_here = endpoint.is_some_and(|id| state.regions.iter().any(|(whose, _)| *whose == id));
         // Looked at before the attach began; the domain may have changed since.
         let meets = |r: &Region| state.writer.next(r.range.start()).filter(|m| m.range.overlaps(r.range));
         let met = if domain.is_identity() { None } else { regions.iter().find_map(meets) };
@@ -102,11 +104,12 @@ pub(crate) fn join(
         if let Some(endpoint) = endpoint {
             add_regions(&mut state, endpoint, regions);
         }
-    }
+        was_here
+    };
     for id in mirrors {
         if let Err(error) = replay(domain, id, done) {
             let mut state = lock(&domain.state);
-            if let Some(endpoint) = endpoint {
+            if let Some(endpoint) = endpoint.filter(|_| !was_here) {
                 state.regions.retain(|(whose, _)| *whose != endpoint);
             }
             let mut back = Seats::default();

@@ -223,6 +223,19 @@ fn a_refused_attach_leaves_no_regions_behind() {
     over(domain.map(rw(10, 10, 1)).unwrap());
 }
 
+#[test]
+fn a_refused_mirror_leaves_the_regions_of_its_endpoint() {
+    let (iommu, _) = unit();
+    let domain = iommu.create_domain(1, Tables::Owned).unwrap();
+    let e = with_regions(&iommu, 8);
+    over(e.attach(1).unwrap());
+    over(domain.map(rw(0, 0, 1)).unwrap());
+    let (mirror, m) = RecordingMirror::new(Reach::default());
+    m.refuse_nth(1, 1, is_map);
+    e.subscribe_mirror(mirror, Interest::MIRROR).unwrap_err();
+    assert!(matches!(domain.map(rw(10, 10, 1)).unwrap_err().kind, StepErrorKind::Reserved { .. }));
+}
+
 fn bound(n: u32) -> (Iommu, Hosts, Vec<viommu::Endpoint>, [viommu::Domain; 2]) {
     let (iommu, _) = unit_with(|b| b.ram(0, 1 << 20));
     let domains = [1, 2].map(|id| iommu.create_domain(id, Tables::Owned).unwrap());
