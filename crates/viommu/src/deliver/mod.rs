@@ -7,7 +7,7 @@ pub(crate) mod mirror;
 use std::sync::Weak;
 
 use crate::addr::GpaRange;
-use crate::backing::{Backing, Medium};
+use crate::backing::{Medium, Memory};
 use crate::change::Change;
 use crate::endpoint::{EndpointId, EndpointShared, Sight};
 use crate::error::Incident;
@@ -207,12 +207,19 @@ impl Seats {
 
 /// The parts of `mapping` that have backing, with the access that the backing allows: what a mirror may be given.
 #[inline]
-pub(crate) fn backed(backing: &Backing, mapping: &Mapping, f: &mut impl FnMut(&Mapping)) {
+pub(crate) fn backed(memory: &Memory, mapping: &Mapping, f: &mut impl FnMut(&Mapping)) {
     if mapping.access.is_empty() {
         return;
     }
+    if memory.is_ram_behind(mapping) {
+        return f(mapping);
+    }
+    backed_in_parts(memory, mapping, f);
+}
+
+fn backed_in_parts(memory: &Memory, mapping: &Mapping, f: &mut dyn FnMut(&Mapping)) {
     let Some(target) = GpaRange::new(mapping.gpa, mapping.gpa_last()) else { return };
-    for extent in backing.over(target) {
+    for extent in memory.over(target) {
         let Some(part) = extent.range.intersect(target) else { continue };
         let whole = part == target;
         let mut piece = if whole { Some(*mapping) } else { part_of(mapping, part) };

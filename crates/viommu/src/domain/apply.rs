@@ -195,11 +195,11 @@ impl DomainInner {
         done: &mut Completion,
     ) -> Result<(), StepErrorKind> {
         let refusable = state.refusable && plan.added != plan.fallback;
-        let DomainState { seats, backing, pieces, .. } = state;
+        let DomainState { seats, memory, pieces, .. } = state;
         let mut removed = Vec::new();
-        plan.removed.iter().for_each(|m| backed(backing, m, &mut |piece| removed.push(*piece)));
+        plan.removed.iter().for_each(|m| backed(memory, m, &mut |piece| removed.push(*piece)));
         pieces.clear();
-        plan.added.iter().for_each(|m| backed(backing, m, &mut |piece| pieces.push(*piece)));
+        plan.added.iter().for_each(|m| backed(memory, m, &mut |piece| pieces.push(*piece)));
         for seat in seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
             let fewer = seat.count(&removed);
             if let Err((why, range)) = seat.check(pieces, fewer) {
@@ -217,7 +217,7 @@ impl DomainInner {
 
     /// Caches and mirrors lose what has been removed. They cannot refuse: who fails is fenced.
     fn deliver_removals(&self, state: &mut DomainState, plan: &Plan<'_>, done: &mut Completion) {
-        let DomainState { seats, backing, pieces, dirty, .. } = state;
+        let DomainState { seats, memory, pieces, dirty, .. } = state;
         if seats.is_empty() {
             return;
         }
@@ -234,10 +234,10 @@ impl DomainInner {
             let (here, later) = rest.split_at(inside);
             rest = later;
             pieces.clear();
-            here.iter().for_each(|m| backed(backing, m, &mut |piece| pieces.push(*piece)));
+            here.iter().for_each(|m| backed(memory, m, &mut |piece| pieces.push(*piece)));
             for seat in seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
                 let outcome = if seat.lens.reach.replace && !plan.added.is_empty() {
-                    exchange::remove_unpaired(seat, backing, plan, here, done, dirty)
+                    exchange::remove_unpaired(seat, memory, plan, here, done, dirty)
                 } else {
                     seat.remove(pieces, done, dirty)
                 };
@@ -265,7 +265,7 @@ impl DomainInner {
         let refusable = state.refusable && plan.added != plan.fallback;
         let mut pieces = core::mem::take(&mut state.pieces);
         pieces.clear();
-        plan.added.iter().for_each(|m| backed(&state.backing, m, &mut |piece| pieces.push(*piece)));
+        plan.added.iter().for_each(|m| backed(&state.memory, m, &mut |piece| pieces.push(*piece)));
         let mut refusal = None;
         for (at, seat) in state.seats.mirrors.iter_mut().enumerate().filter(|(_, seat)| seat.is_live()) {
             if !seat.is_complete() {
@@ -273,7 +273,7 @@ impl DomainInner {
             }
             let mut nth = 0;
             let outcome = if seat.lens.reach.replace && !plan.removed.is_empty() {
-                exchange::add_all(seat, &state.backing, plan, done, &mut state.dirty)
+                exchange::add_all(seat, &state.memory, plan, done, &mut state.dirty)
             } else {
                 pieces.iter().try_for_each(|piece| {
                     seat.add(piece, done)?;
@@ -319,7 +319,7 @@ impl DomainInner {
     ) {
         for (k, seat) in state.seats.mirrors.iter_mut().enumerate().take(at.saturating_add(1)) {
             if seat.lens.reach.replace && !plan.removed.is_empty() {
-                if let Err(failure) = exchange::undo(seat, &state.backing, done, &mut state.dirty) {
+                if let Err(failure) = exchange::undo(seat, &state.memory, done, &mut state.dirty) {
                     self.fence_seat(seat, &failure, done);
                 }
                 continue;
@@ -339,10 +339,10 @@ impl DomainInner {
 
     /// Gives all mirrors what goes back into the record. Who refuses what it held before is fenced.
     fn fall_back(&self, state: &mut DomainState, plan: &Plan<'_>, done: &mut Completion) {
-        let backing = state.backing.clone();
+        let memory = state.memory.clone();
         for seat in state.seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
             // Kept for an exchange that does not come, and gone for the guest.
-            if let Err(failure) = exchange::drop_kept(seat, &backing, plan, done, &mut state.dirty) {
+            if let Err(failure) = exchange::drop_kept(seat, &memory, plan, done, &mut state.dirty) {
                 self.fence_seat(seat, &failure, done);
             }
         }
@@ -350,7 +350,7 @@ impl DomainInner {
             for seat in state.seats.mirrors.iter_mut().filter(|seat| !seat.still_holds(m)) {
                 seat.stretch(m);
                 let mut failure = None;
-                backed(&backing, m, &mut |piece| {
+                backed(&memory, m, &mut |piece| {
                     if seat.is_live() && failure.is_none() {
                         failure = seat.add(piece, done).err();
                     }

@@ -3,6 +3,7 @@
 use core::ops::ControlFlow;
 
 use crate::addr::{Iova, IovaRange};
+use crate::backing::Memory;
 use crate::deliver::lens::Lens;
 use crate::deliver::mirror::{AddError, MirrorSeat};
 use crate::deliver::{Seats, backed};
@@ -47,7 +48,7 @@ pub(crate) fn fits(
     while let Some(range) = at.and_then(|at| IovaRange::new(at, Iova(u64::MAX))) {
         at = None;
         let state = lock(&domain.state);
-        let backing = state.backing.clone();
+        let memory = state.memory.clone();
         let mut count = 0_usize;
         state.writer.for_each(range, &mut |m| {
             if count == SLICE {
@@ -55,7 +56,7 @@ pub(crate) fn fits(
                 return ControlFlow::Break(());
             }
             count += 1;
-            backed(&backing, &m, &mut |piece| lens.extents(piece, &mut extents));
+            backed(&memory, &m, &mut |piece| lens.extents(piece, &mut extents));
             ControlFlow::Continue(())
         });
         drop(state);
@@ -137,7 +138,7 @@ pub(crate) fn replay(domain: &DomainInner, id: u64, done: &mut Completion) -> Re
         let Some(cursor) = seat.cursor().filter(|_| seat.is_live()) else { return Ok(()) };
         let Some(ahead) = IovaRange::new(cursor, Iova(u64::MAX)) else { return Ok(()) };
         let _callback = CallbackScope::enter();
-        let backing = state.backing.clone();
+        let memory = state.memory.clone();
         let (mut count, mut failed, mut more) = (0_usize, None, false);
         state.writer.for_each(ahead, &mut |m| {
             if count == SLICE {
@@ -146,7 +147,7 @@ pub(crate) fn replay(domain: &DomainInner, id: u64, done: &mut Completion) -> Re
             }
             count += 1;
             seat.advance(m.range.next());
-            failed = fill_one(seat, &backing, &m, done).err();
+            failed = fill_one(seat, &memory, &m, done).err();
             if failed.is_some() {
                 seat.advance(Some(m.range.start()));
                 return ControlFlow::Break(());
@@ -172,13 +173,13 @@ pub(crate) fn replay(domain: &DomainInner, id: u64, done: &mut Completion) -> Re
 /// One mapping, all of its backed pieces or none.
 fn fill_one(
     seat: &mut MirrorSeat,
-    backing: &crate::backing::Backing,
+    memory: &Memory,
     m: &Mapping,
     done: &mut Completion,
 ) -> Result<(), AddError> {
     let mut count = 0_usize;
     let mut outcome = Ok(());
-    backed(backing, m, &mut |piece| {
+    backed(memory, m, &mut |piece| {
         if outcome.is_ok() {
             outcome = seat.add(piece, done);
             count += usize::from(outcome.is_ok());
@@ -186,7 +187,7 @@ fn fill_one(
     });
     if outcome.is_err() {
         let mut undone = Ok(());
-        backed(backing, m, &mut |piece| {
+        backed(memory, m, &mut |piece| {
             if count > 0 && undone.is_ok() {
                 count -= 1;
                 undone = seat.remove(core::slice::from_ref(piece), done, &mut None).map_err(AddError::Fence);
@@ -209,9 +210,9 @@ pub(crate) fn empty(
     }
     let _callback = CallbackScope::enter();
     let mut pieces = Vec::new();
-    let backing = state.backing.clone();
+    let memory = state.memory.clone();
     state.writer.for_each(IovaRange::ALL, &mut |m| {
-        backed(&backing, &m, &mut |piece| pieces.push(*piece));
+        backed(&memory, &m, &mut |piece| pieces.push(*piece));
         ControlFlow::Continue(())
     });
     if let Err(failure) = seat.remove(&pieces, done, &mut state.dirty) {

@@ -125,7 +125,7 @@ impl Subscription {
                     state.writer.for_each(IovaRange::ALL, &mut |m| {
                         if seat.cursor().is_none_or(|cursor| m.range.start() < cursor) {
                             let lens = &seat.lens;
-                            backed(&state.backing, &m, &mut |piece| lens.extents(piece, &mut due));
+                            backed(&state.memory, &m, &mut |piece| lens.extents(piece, &mut due));
                         }
                         ControlFlow::Continue(())
                     });
@@ -137,7 +137,7 @@ impl Subscription {
             let mut due = Vec::new();
             if let Some(state) = state {
                 let mut due_of = |m: &Mapping| {
-                    backed(&state.backing, m, &mut |piece| {
+                    backed(&state.memory, m, &mut |piece| {
                         let inside = piece.clip(self.interest.window);
                         due.extend(inside.map(|m| Mapping { range: self.interest.outward(m.range), ..m }));
                     });
