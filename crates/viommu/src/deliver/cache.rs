@@ -38,6 +38,12 @@ impl CacheSeat {
         Arc::new(Self { sub, interest, own, channel })
     }
 
+    /// Whether it asked for what steps remove.
+    #[inline]
+    pub(crate) fn hears_steps(&self) -> bool {
+        true
+    }
+
     /// Tells it to drop what it holds inside `range` (the domain's addresses). Removals are published before.
     #[inline]
     pub(crate) fn invalidate(&self, range: IovaRange, done: &mut Completion) {

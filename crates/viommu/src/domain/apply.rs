@@ -2,6 +2,7 @@
 //! publish additions, observers (L6). With its undo (L3).
 
 use crate::addr::IovaRange;
+use crate::backing::Memory;
 use crate::change::Change;
 use crate::deliver::backed;
 use crate::deliver::mirror::{AddError, MirrorSeat};
@@ -12,7 +13,7 @@ use crate::mapping::Mapping;
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
 use crate::sync::{Ordering, fence};
-use crate::table::InsertError;
+use crate::table::{InsertError, PAGE};
 
 /// The difference that a step makes. All lists ascend and are disjoint in themselves.
 #[derive(Clone, Copy, Default)]
@@ -68,6 +69,38 @@ impl DomainInner {
         Ok(count)
     }
 
+    /// Adds one mapping, and tells everyone.
+    pub(crate) fn add_one(
+        &self,
+        state: &mut DomainState,
+        new: &Mapping,
+        done: &mut Completion,
+    ) -> Result<(), StepErrorKind> {
+        let added = core::slice::from_ref(new);
+        let plan = Plan { added, ..Plan::default() };
+        // Where its leaf has its place already and the memory behind it is of one piece, nothing is looked up twice.
+        let is_simple = !new.access.is_empty() && state.memory.is_ram_behind(new);
+        let Some(vacancy) = state.writer.vacancy(new.range).filter(|_| is_simple) else {
+            if state.writer.is_taken_in(new.range) {
+                return Err(state.overlap(new));
+            }
+            return self.apply(state, &plan, true, done);
+        };
+        self.claim(state, 1)?;
+        let outcome = match self.check_pieces(state, &plan, added, &[], done) {
+            Ok(()) => self.give(state, &plan, added, done),
+            refused => refused,
+        };
+        if outcome.is_ok() {
+            self.publish(|| state.writer.fill_vacancy(vacancy, new));
+        } else {
+            self.totals.give_back(1);
+        }
+        state.commit(done);
+        self.tell_observers(state, &[], if outcome.is_ok() { added } else { &[] });
+        outcome
+    }
+
     /// Removes all that is inside `range`, which cuts nothing or is refused, and tells everyone.
     pub(crate) fn remove_all(
         &self,
@@ -76,22 +109,34 @@ impl DomainInner {
         lazy: bool,
         done: &mut Completion,
     ) -> Result<usize, StepErrorKind> {
+        if range.bytes() == PAGE.into() {
+            let Ok(gone) = self.publish(|| state.writer.remove_page(range)) else {
+                return Err(state.cut(range));
+            };
+            let Some(gone) = gone else { return Ok(0) };
+            self.tell_removed(state, &[gone], lazy, done);
+            return Ok(1);
+        }
         let mut removed = core::mem::take(&mut state.removed);
         let outcome = self.publish(|| state.writer.remove(range, |m| removed.push(m)));
-        if let (Some(first), Some(last)) = (removed.first(), removed.last()) {
-            // Nothing else is mapped in between: it was inside the range too.
-            let spans = [first.range.hull(last.range)];
-            self.totals.give_back(removed.len() as u64);
-            let plan = Plan { removed: &removed, spans: &spans, ..Plan::default() };
-            self.deliver_removals(state, &plan, done);
-            state.commit(done);
-            self.note_removal(&spans, lazy, done);
-            self.tell_observers(state, &removed, &[]);
-        }
+        self.tell_removed(state, &removed, lazy, done);
         removed.clear();
         removed.shrink_to(SCRATCH);
         state.removed = removed;
         outcome.map_err(|_| state.cut(range))
+    }
+
+    /// Tells everyone of mappings that have been removed, with nothing left mapped between them.
+    #[inline]
+    fn tell_removed(&self, state: &mut DomainState, removed: &[Mapping], lazy: bool, done: &mut Completion) {
+        let (Some(first), Some(last)) = (removed.first(), removed.last()) else { return };
+        let spans = [first.range.hull(last.range)];
+        self.totals.give_back(removed.len() as u64);
+        let plan = Plan { removed, spans: &spans, ..Plan::default() };
+        self.deliver_removals(state, &plan, done);
+        state.commit(done);
+        self.note_removal(&spans, lazy, done);
+        self.tell_observers(state, removed, &[]);
     }
 
     fn claim(&self, state: &DomainState, count: u64) -> Result<(), StepErrorKind> {
@@ -175,36 +220,39 @@ impl DomainInner {
             state.writer.reserve(&[plan.added, plan.fallback].concat())
         };
         reserved.map_err(|_| StepErrorKind::Cap(Cap::TableBytes))?;
-        // Last: it fences where it cannot refuse.
-        if state.seats.mirrors.iter().any(|seat| !seat.lens.plain) {
-            let outcome = self.check_reach(state, plan, done);
-            if outcome.is_err() {
-                state.writer.give_up();
-            }
-            return outcome;
+        if state.seats.mirrors.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let (mut removed, mut added) = (Vec::new(), core::mem::take(&mut state.pieces));
+        plan.removed.iter().for_each(|m| backed(&state.memory, m, &mut |piece| removed.push(*piece)));
+        added.clear();
+        plan.added.iter().for_each(|m| backed(&state.memory, m, &mut |piece| added.push(*piece)));
+        // Last: it fences where it cannot refuse.
+        let outcome = self.check_pieces(state, plan, &added, &removed, done);
+        state.pieces = added;
+        if outcome.is_err() {
+            state.writer.give_up();
+        }
+        outcome
     }
 
     /// Everything that a mirror can be known to refuse is refused here, before anything is published. Where the guest
     /// cannot be refused, the mirror is fenced instead.
-    fn check_reach(
+    /// `added` and `removed`: what is backed of that.
+    #[inline]
+    fn check_pieces(
         &self,
         state: &mut DomainState,
         plan: &Plan<'_>,
+        added: &[Mapping],
+        removed: &[Mapping],
         done: &mut Completion,
     ) -> Result<(), StepErrorKind> {
-        let refusable = state.refusable && plan.added != plan.fallback;
-        let DomainState { seats, memory, pieces, .. } = state;
-        let mut removed = Vec::new();
-        plan.removed.iter().for_each(|m| backed(memory, m, &mut |piece| removed.push(*piece)));
-        pieces.clear();
-        plan.added.iter().for_each(|m| backed(memory, m, &mut |piece| pieces.push(*piece)));
-        for seat in seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
-            let fewer = seat.count(&removed);
-            if let Err((why, range)) = seat.check(pieces, fewer) {
+        for seat in state.seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
+            let fewer = seat.count(removed);
+            if let Err((why, range)) = seat.check(added, fewer) {
                 let kind = StepErrorKind::Unreachable { subscription: seat.sub.id(), why, range };
-                if refusable {
+                if state.refusable && plan.added != plan.fallback {
                     return Err(kind);
                 }
                 // The removals of this step are still ahead: a fenced mirror needs none of them. If the fence fails the
@@ -233,8 +281,7 @@ impl DomainInner {
             let inside = rest.partition_point(|m| m.range.last() <= span.last());
             let (here, later) = rest.split_at(inside);
             rest = later;
-            pieces.clear();
-            here.iter().for_each(|m| backed(memory, m, &mut |piece| pieces.push(*piece)));
+            let pieces = pieces_of(here, memory, pieces);
             for seat in seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
                 let outcome = if seat.lens.reach.replace && !plan.added.is_empty() {
                     exchange::remove_unpaired(seat, memory, plan, here, done, dirty)
@@ -246,7 +293,6 @@ impl DomainInner {
                 }
             }
         }
-        pieces.clear();
         pieces.shrink_to(SCRATCH);
     }
 
@@ -260,20 +306,33 @@ impl DomainInner {
         if plan.added.is_empty() || state.seats.mirrors.is_empty() {
             return Ok(());
         }
+        let mut scratch = core::mem::take(&mut state.pieces);
+        let pieces = pieces_of(plan.added, &state.memory, &mut scratch);
+        let outcome = self.give(state, plan, pieces, done);
+        scratch.shrink_to(SCRATCH);
+        state.pieces = scratch;
+        outcome
+    }
+
+    /// `pieces`: what is backed of all that is added.
+    #[inline]
+    fn give(
+        &self,
+        state: &mut DomainState,
+        plan: &Plan<'_>,
+        pieces: &[Mapping],
+        done: &mut Completion,
+    ) -> Result<(), StepErrorKind> {
         let _callback = CallbackScope::enter();
-        // Rests of what an unmap cut: the removal stands, so who cannot hold them is fenced.
-        let refusable = state.refusable && plan.added != plan.fallback;
-        let mut pieces = core::mem::take(&mut state.pieces);
-        pieces.clear();
-        plan.added.iter().for_each(|m| backed(&state.memory, m, &mut |piece| pieces.push(*piece)));
-        let mut refusal = None;
-        for (at, seat) in state.seats.mirrors.iter_mut().enumerate().filter(|(_, seat)| seat.is_live()) {
+        for at in 0..state.seats.mirrors.len() {
+            let DomainState { seats, memory, dirty, .. } = &mut *state;
+            let Some(seat) = seats.mirrors.get_mut(at).filter(|seat| seat.is_live()) else { continue };
             if !seat.is_complete() {
                 plan.added.iter().for_each(|m| seat.stretch(m));
             }
             let mut nth = 0;
-            let outcome = if seat.lens.reach.replace && !plan.removed.is_empty() {
-                exchange::add_all(seat, &state.memory, plan, done, &mut state.dirty)
+            let outcome = if !plan.removed.is_empty() && seat.lens.reach.replace {
+                exchange::add_all(seat, memory, plan, done, dirty)
             } else {
                 pieces.iter().try_for_each(|piece| {
                     seat.add(piece, done)?;
@@ -281,31 +340,41 @@ impl DomainInner {
                     Ok(())
                 })
             };
-            match outcome {
-                Ok(()) => {}
-                Err(AddError::Fence(failure)) => self.fence_seat(seat, &failure, done),
-                Err(AddError::Refused(refused)) => {
-                    let kind = StepErrorKind::Refused { subscription: seat.sub.id(), refused };
-                    if refusable {
-                        refusal = Some((at, nth, kind));
-                        break;
-                    }
-                    self.fence_seat(seat, &kind.to_string(), done);
-                }
+            if let Err(error) = outcome {
+                self.not_added(state, plan, pieces, (at, nth), *error, done)?;
             }
         }
-        let outcome = match refusal {
-            None => Ok(()),
-            Some((at, nth, kind)) => {
-                self.undo(state, plan, &pieces, (at, nth), done);
-                self.fall_back(state, plan, done);
-                Err(kind)
+        Ok(())
+    }
+
+    /// The mirror at `at` got the first `nth` of `pieces` and no more. It is fenced, or the step is refused, and all that
+    /// it added is taken back.
+    #[cold]
+    fn not_added(
+        &self,
+        state: &mut DomainState,
+        plan: &Plan<'_>,
+        pieces: &[Mapping],
+        (at, nth): (usize, usize),
+        error: AddError,
+        done: &mut Completion,
+    ) -> Result<(), StepErrorKind> {
+        // Rests of what an unmap cut: the removal stands, so who cannot hold them is fenced.
+        let refusable = state.refusable && plan.added != plan.fallback;
+        let Some(seat) = state.seats.mirrors.get_mut(at) else { return Ok(()) };
+        match error {
+            AddError::Fence(failure) => self.fence_seat(seat, &failure, done),
+            AddError::Refused(refused) => {
+                let kind = StepErrorKind::Refused { subscription: seat.sub.id(), refused };
+                if refusable {
+                    self.undo(state, plan, pieces, (at, nth), done);
+                    self.fall_back(state, plan, done);
+                    return Err(kind);
+                }
+                self.fence_seat(seat, &kind.to_string(), done);
             }
-        };
-        pieces.clear();
-        pieces.shrink_to(SCRATCH);
-        state.pieces = pieces;
-        outcome
+        }
+        Ok(())
     }
 
     /// Takes back what mirrors before `at` got of `pieces`, and the first `nth` of the mirror at `at`.
@@ -383,8 +452,22 @@ impl DomainInner {
     }
 }
 
+/// What is backed of `mappings`: they themselves, where that is one in one piece of memory, else what is put into `scratch`.
+#[inline]
+fn pieces_of<'a>(mappings: &'a [Mapping], memory: &Memory, scratch: &'a mut Vec<Mapping>) -> &'a [Mapping] {
+    match mappings {
+        [one] if !one.access.is_empty() && memory.is_ram_behind(one) => mappings,
+        _ => {
+            scratch.clear();
+            mappings.iter().for_each(|m| backed(memory, m, &mut |piece| scratch.push(*piece)));
+            scratch
+        }
+    }
+}
+
 impl DomainState {
     /// Ends the step at every mirror that has batches.
+    #[inline]
     pub(crate) fn commit(&mut self, done: &mut Completion) {
         for seat in &mut self.seats.mirrors {
             seat.commit(done);

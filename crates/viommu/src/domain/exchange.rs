@@ -2,7 +2,7 @@
 
 use crate::backing::Memory;
 use crate::deliver::backed;
-use crate::deliver::mirror::{AddError, Failure, MirrorSeat};
+use crate::deliver::mirror::{AddError, Added, Failure, MirrorSeat};
 use crate::domain::apply::Plan;
 use crate::domain::dirty::{DirtyLog, note_dirty};
 use crate::mapping::Mapping;
@@ -54,7 +54,7 @@ pub(crate) fn add_all(
     plan: &Plan<'_>,
     done: &mut Completion,
     dirty: &mut Option<DirtyLog>,
-) -> Result<(), AddError> {
+) -> Added {
     for new in plan.added {
         let kept = seat.swap.kept.iter().find(|old| old.range == new.range).copied();
         if let Some((old, new)) = kept.and_then(|old| pair(seat, memory, &old, new)) {
@@ -111,7 +111,7 @@ pub(crate) fn undo(
     }
     for (old, new) in core::mem::take(&mut seat.swap.exchanged) {
         let back = seat.replace((&new, &old), done);
-        back.map_err(|refused| format!("could not put {} back: {refused}", old.range))?;
+        back.map_err(|refused| format!("could not put {} back: {refused}", old.range).into_boxed_str())?;
         note_dirty(dirty, &[new], None);
     }
     Ok(())

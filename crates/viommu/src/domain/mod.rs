@@ -11,7 +11,6 @@ use core::fmt;
 use core::ops::ControlFlow;
 
 use crate::addr::{GpaRange, Iova, IovaRange};
-use crate::domain::apply::Plan;
 use crate::domain::dirty::{DirtyLog, GpaSet, mark};
 use crate::domain::inner::{DomainInner, DomainState};
 use crate::domain::plan::{Draft, Op};
@@ -333,14 +332,10 @@ impl DomainInner {
         done: &mut Completion,
     ) -> Result<(), StepErrorKind> {
         self.check_mapping(state, new)?;
-        if state.seats.is_empty() {
+        if !state.seats.any_in(new.range) {
             return self.insert_alone(state, new);
         }
-        if state.writer.is_taken_in(new.range) {
-            return Err(state.overlap(new));
-        }
-        let plan = Plan { added: core::slice::from_ref(new), ..Plan::default() };
-        self.apply(state, &plan, true, done)
+        self.add_one(state, new, done)
     }
 
     #[inline]
@@ -357,7 +352,7 @@ impl DomainInner {
             self.run(state, &[Op::Unmap(range)], lazy, done)?;
             return Ok(before.saturating_sub(state.writer.len()).max(1));
         }
-        if state.seats.is_empty() {
+        if !state.seats.any_in(range) {
             let count = self.remove_alone(state, range)?;
             if count != 0 {
                 self.note_removal(&[range], lazy, done);

@@ -282,7 +282,7 @@ impl Unit {
                     fits(target, &seat.lens, &[]).map_err(|(why, range)| {
                         Refused::new(RefusalKind::Range, format!("{range}: {why}"))
                     })?;
-                    let seats = Seats { mirrors: vec![seat], ..Seats::default() };
+                    let seats = Seats::new(vec![seat], Vec::new(), Vec::new());
                     join(target, seats, None, &Arc::from([]), done)
                         .map_err(|(_, error)| refused_of(error))?;
                     sub

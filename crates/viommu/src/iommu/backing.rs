@@ -146,9 +146,10 @@ fn change_backing(domain: &DomainInner, backing: &Arc<Backing>, gpas: GpaRange, 
                 .iter()
                 .try_for_each(|piece| seat.remove(core::slice::from_ref(piece), done, &mut state.dirty))
                 .and_then(|()| {
-                    seat.check(&came, 0).map_err(|(why, range)| format!("backing of {range}: {why}"))?;
+                    seat.check(&came, 0)
+                        .map_err(|(why, range)| format!("backing of {range}: {why}").into_boxed_str())?;
                     let added = came.iter().try_for_each(|piece| seat.add(piece, done));
-                    added.map_err(|error| format!("backing of {}: {error:?}", m.range))
+                    added.map_err(|error| format!("backing of {}: {error:?}", m.range).into_boxed_str())
                 });
             if let Err(why) = outcome {
                 domain.fence_seat(seat, &why, done);

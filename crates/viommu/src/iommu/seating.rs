@@ -5,7 +5,7 @@ use core::ops::ControlFlow;
 use crate::addr::{Iova, IovaRange};
 use crate::backing::Memory;
 use crate::deliver::lens::Lens;
-use crate::deliver::mirror::{AddError, MirrorSeat};
+use crate::deliver::mirror::{AddError, Added, MirrorSeat};
 use crate::deliver::{Seats, backed};
 use crate::domain::inner::{DomainInner, DomainState};
 use crate::endpoint::{EndpointId, Region};
@@ -40,7 +40,12 @@ pub(crate) fn fits(
     let mut lens = lens.clone();
     lens.set_space(clip_to(domain, &lens, regions), domain.is_refusable());
     if lens.plain {
-        return Ok(());
+        // Even if each mapping lay across everything there is.
+        let state = lock(&domain.state);
+        let most = (state.writer.len() as u64).saturating_mul(state.memory.extents().len() as u64);
+        if lens.reach.entries.is_none_or(|limit| most <= u64::from(limit)) {
+            return Ok(());
+        }
     }
     let mut extents = Vec::new();
     let mut held = 0_u64;
@@ -155,7 +160,7 @@ pub(crate) fn replay(domain: &DomainInner, id: u64, done: &mut Completion) -> Re
             ControlFlow::Continue(())
         });
         seat.commit(done);
-        match failed {
+        match failed.map(|error| *error) {
             None if more => {}
             None => {
                 seat.advance(None);
@@ -164,19 +169,14 @@ pub(crate) fn replay(domain: &DomainInner, id: u64, done: &mut Completion) -> Re
             Some(AddError::Refused(refused)) => return Err(ReplayError::Refused(refused)),
             Some(AddError::Fence(failure)) => {
                 domain.fence_seat(seat, &failure, done);
-                return Err(ReplayError::Fenced(failure));
+                return Err(ReplayError::Fenced(failure.into()));
             }
         }
     }
 }
 
 /// One mapping, all of its backed pieces or none.
-fn fill_one(
-    seat: &mut MirrorSeat,
-    memory: &Memory,
-    m: &Mapping,
-    done: &mut Completion,
-) -> Result<(), AddError> {
+fn fill_one(seat: &mut MirrorSeat, memory: &Memory, m: &Mapping, done: &mut Completion) -> Added {
     let mut count = 0_usize;
     let mut outcome = Ok(());
     backed(memory, m, &mut |piece| {
@@ -190,10 +190,10 @@ fn fill_one(
         backed(memory, m, &mut |piece| {
             if count > 0 && undone.is_ok() {
                 count -= 1;
-                undone = seat.remove(core::slice::from_ref(piece), done, &mut None).map_err(AddError::Fence);
+                undone = seat.remove(core::slice::from_ref(piece), done, &mut None);
             }
         });
-        undone?;
+        undone.map_err(AddError::Fence)?;
     }
     outcome
 }
@@ -300,7 +300,7 @@ mod tests {
         let mut seat = MirrorSeat::new(sub, Interest::MIRROR, Box::new(Holder(held.clone())));
         seat.advance(Some(Iova(5 << 12)));
         seat.counts.held = 1;
-        lock(&domain.0.state).seats.mirrors.push(seat);
+        lock(&domain.0.state).seats.append(Seats::new(vec![seat], Vec::new(), Vec::new()));
         let refuser = Arc::new(Mutex::new((Vec::new(), false)));
         let space = crate::subscribe::Space::Domain(1);
         let _s = iommu.subscribe_mirror(space, Box::new(Holder(refuser.clone())), Interest::MIRROR).unwrap();

@@ -176,7 +176,7 @@ impl Subscription {
             // Blocked: it holds nothing, and is looked at with the new reach when it comes somewhere.
             let members = control.endpoints.values_mut();
             let seat = members.flat_map(|m| &mut m.parked.mirrors).find(|s| s.sub.id() == self.id());
-            seat.ok_or(SubscribeError::Invalid("not a mirror"))?.lens.set_reach(reach);
+            seat.ok_or(SubscribeError::Invalid("not a mirror"))?.set_reach(reach);
             return Ok(done);
         };
         // Emptied with the old reach, filled with the new one: the simple way, for a rare event.
@@ -185,7 +185,7 @@ impl Subscription {
             lock(&domain.state).seats.append(seats);
             return Err(SubscribeError::Invalid("not a mirror"));
         };
-        seat.lens.set_reach(reach);
+        seat.set_reach(reach);
         let refused = fits(&domain, &seat.lens, &regions).err();
         if let Some((why, range)) = refused {
             let why = format!("{range} cannot be held any more: {why}");
