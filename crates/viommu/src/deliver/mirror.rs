@@ -29,9 +29,11 @@ pub(crate) struct MirrorSeat {
     in_step: bool,
     /// Not fenced. The same as the subscription's word for it, at hand.
     live: bool,
-    /// Alive and complete, and every piece of memory is one extent, as it is, with nothing else to do or to check than
-    /// the number of extents. What most mirrors are, most of the time.
+    /// Alive and complete; every piece of memory is one extent, as it is; and a step is no more than its calls of `map`
+    /// and `unmap`, with nothing to check but the number of extents. Most mirrors are so most of the time.
     direct: bool,
+    /// The most extents that it can hold.
+    limit: u64,
     scratch: Vec<Mapping>,
     /// Inside a step, of a mirror that replaces in place: what it has not lost, for the way back.
     pub(crate) swap: Swap,
@@ -63,6 +65,7 @@ impl MirrorSeat {
         Self {
             sub,
             direct: false,
+            limit: 0,
             lens: Lens::new(interest, reach),
             counts: Counts::default(),
             binding: None,
@@ -88,7 +91,16 @@ impl MirrorSeat {
     }
 
     fn settle(&mut self) {
-        self.direct = self.live && self.cursor.is_none() && self.lens.plain && !self.lens.reach.batches;
+        let reach = &self.lens.reach;
+        let calls_alone = !reach.batches && !reach.replace;
+        self.direct = self.live && self.cursor.is_none() && self.lens.plain && calls_alone;
+        self.limit = reach.entries.map_or(u64::MAX, u64::from);
+    }
+
+    /// Whether it is an ordinary one: see the field.
+    #[inline(always)]
+    pub(crate) fn is_direct(&self) -> bool {
+        self.direct
     }
 
     #[inline]
@@ -134,23 +146,25 @@ impl MirrorSeat {
     }
 
     /// Whether it could hold `pieces` besides what it has, less `fewer` extents. Gives the extents it would add.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn check(&mut self, pieces: &[Mapping], fewer: u64) -> Result<(), (Unreachable, IovaRange)> {
         // Never more extents than pieces.
-        if self.direct && self.has_room_for(pieces.len(), fewer) || !self.lens.sees(pieces) {
+        if self.direct && self.has_room_for(pieces.len(), fewer) {
             return Ok(());
         }
         self.check_clipped(pieces, fewer)
     }
 
-    #[inline]
+    #[inline(always)]
     fn has_room_for(&self, more: usize, fewer: u64) -> bool {
-        let wanted = self.counts.held.saturating_sub(fewer).saturating_add(more as u64);
-        self.lens.reach.entries.is_none_or(|limit| wanted <= u64::from(limit))
+        self.counts.held.saturating_sub(fewer).saturating_add(more as u64) <= self.limit
     }
 
     #[inline(never)]
     fn check_clipped(&mut self, pieces: &[Mapping], fewer: u64) -> Result<(), (Unreachable, IovaRange)> {
+        if !self.live || !self.lens.sees(pieces) {
+            return Ok(());
+        }
         let mut extents = core::mem::take(&mut self.scratch);
         extents.clear();
         pieces.iter().filter(|p| self.is_behind(p)).for_each(|p| self.lens.extents(p, &mut extents));
@@ -167,9 +181,9 @@ impl MirrorSeat {
     }
 
     /// How many extents it holds of these backed pieces.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn count(&mut self, pieces: &[Mapping]) -> u64 {
-        if pieces.is_empty() || self.lens.reach.entries.is_none() {
+        if pieces.is_empty() || self.limit == u64::MAX {
             return 0;
         }
         self.count_clipped(pieces)
@@ -193,8 +207,15 @@ impl MirrorSeat {
     }
 
     /// Ends the step here, if it has begun here.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn commit(&mut self, done: &mut Completion) {
+        if !self.direct {
+            self.end_step(done);
+        }
+    }
+
+    #[inline(never)]
+    fn end_step(&mut self, done: &mut Completion) {
         if self.lens.reach.replace {
             self.swap = Swap::default();
         }
@@ -219,9 +240,17 @@ impl MirrorSeat {
     ///
     /// # Errors
     /// Refused: what of this piece was added has been taken back, or else the failure says that it must be fenced.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn add(&mut self, piece: &Mapping, done: &mut Completion) -> Added {
-        if piece.target == Target::Ram && (self.direct || self.lens.straight && self.is_behind(piece)) {
+        if self.direct && piece.target == Target::Ram {
+            return self.map_one(piece, done);
+        }
+        self.add_indirect(piece, done)
+    }
+
+    #[inline(never)]
+    fn add_indirect(&mut self, piece: &Mapping, done: &mut Completion) -> Added {
+        if self.lens.straight && piece.target == Target::Ram && self.is_behind(piece) {
             self.begin();
             return self.map_one(piece, done);
         }
@@ -253,7 +282,7 @@ impl MirrorSeat {
         outcome
     }
 
-    #[inline]
+    #[inline(always)]
     fn map_one(&mut self, extent: &Mapping, done: &mut Completion) -> Added {
         match self.mirror.map(extent) {
             Ok(ack) => {
@@ -262,11 +291,14 @@ impl MirrorSeat {
                 self.note(ack, done);
                 Ok(())
             }
-            Err(refused) => {
-                self.counts.refused += 1;
-                Err(AddError::Refused(refused).into())
-            }
+            Err(refused) => Err(self.refused(refused)),
         }
+    }
+
+    #[cold]
+    fn refused(&mut self, refused: Refused) -> Box<AddError> {
+        self.counts.refused += 1;
+        AddError::Refused(refused).into()
     }
 
     /// What [`replace`](Self::replace) would give it of two backed pieces, if it is one extent for one over the same
@@ -302,7 +334,7 @@ impl MirrorSeat {
     }
 
     /// Takes away what it holds of these backed pieces. Where it unmaps wide, nothing else may be mapped between them.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn remove(
         &mut self,
         pieces: &[Mapping],
@@ -315,18 +347,19 @@ impl MirrorSeat {
         {
             return self.unmap_one(one.range, pieces, done, dirty);
         }
-        if !self.lens.sees(pieces) {
-            return Ok(());
-        }
-        self.remove_clipped(pieces, done, dirty)
+        self.remove_indirect(pieces, done, dirty)
     }
 
-    fn remove_clipped(
+    #[inline(never)]
+    fn remove_indirect(
         &mut self,
         pieces: &[Mapping],
         done: &mut Completion,
         dirty: &mut Option<DirtyLog>,
     ) -> Result<(), Failure> {
+        if !self.lens.sees(pieces) {
+            return Ok(());
+        }
         let as_they_are = self.lens.straight && self.cursor.is_none();
         if as_they_are && pieces.iter().all(|p| p.target == Target::Ram) {
             return self.remove_extents(pieces, done, dirty);
@@ -357,7 +390,7 @@ impl MirrorSeat {
     }
 
     /// Unmaps `range`, in which it holds exactly `extents`.
-    #[inline]
+    #[inline(always)]
     fn unmap_one(
         &mut self,
         range: IovaRange,
@@ -379,11 +412,14 @@ impl MirrorSeat {
                 }
                 Ok(())
             }
-            Err(refused) => {
-                self.counts.refused += 1;
-                Err(format!("unmap of {range} failed: {refused}").into())
-            }
+            Err(refused) => Err(self.not_removed(range, &refused)),
         }
+    }
+
+    #[cold]
+    fn not_removed(&mut self, range: IovaRange, refused: &Refused) -> Failure {
+        self.counts.refused += 1;
+        format!("unmap of {range} failed: {refused}").into()
     }
 
     /// Cuts the device off.

@@ -183,11 +183,6 @@ impl Seats {
         self.heard.is_some_and(|heard| heard.overlaps(range))
     }
 
-    #[inline]
-    pub(crate) fn is_empty(&self) -> bool {
-        self.mirrors.is_empty() && self.caches.is_empty() && self.observers.is_empty()
-    }
-
     /// The kinds that all of them together want.
     pub(crate) fn wanted(&self) -> Kinds {
         let mirrors = self.mirrors.iter().map(|s| s.lens.interest.kinds);

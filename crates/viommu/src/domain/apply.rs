@@ -133,7 +133,8 @@ impl DomainInner {
         let spans = [first.range.hull(last.range)];
         self.totals.give_back(removed.len() as u64);
         let plan = Plan { removed, spans: &spans, ..Plan::default() };
-        self.deliver_removals(state, &plan, done);
+        self.tell_caches(state, &spans, done);
+        self.take(state, &plan, removed, done);
         state.commit(done);
         self.note_removal(&spans, lazy, done);
         self.tell_observers(state, removed, &[]);
@@ -248,7 +249,7 @@ impl DomainInner {
         removed: &[Mapping],
         done: &mut Completion,
     ) -> Result<(), StepErrorKind> {
-        for seat in state.seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
+        for seat in &mut state.seats.mirrors {
             let fewer = seat.count(removed);
             if let Err((why, range)) = seat.check(added, fewer) {
                 let kind = StepErrorKind::Unreachable { subscription: seat.sub.id(), why, range };
@@ -265,15 +266,8 @@ impl DomainInner {
 
     /// Caches and mirrors lose what has been removed. They cannot refuse: who fails is fenced.
     fn deliver_removals(&self, state: &mut DomainState, plan: &Plan<'_>, done: &mut Completion) {
-        let DomainState { seats, memory, pieces, dirty, .. } = state;
-        if seats.is_empty() {
-            return;
-        }
-        let _callback = CallbackScope::enter();
-        for span in plan.spans {
-            seats.caches.iter().for_each(|cache| cache.invalidate(*span, done));
-        }
-        if seats.mirrors.is_empty() {
+        self.tell_caches(state, plan.spans, done);
+        if state.seats.mirrors.is_empty() {
             return;
         }
         let mut rest = plan.removed;
@@ -281,19 +275,31 @@ impl DomainInner {
             let inside = rest.partition_point(|m| m.range.last() <= span.last());
             let (here, later) = rest.split_at(inside);
             rest = later;
-            let pieces = pieces_of(here, memory, pieces);
-            for seat in seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
-                let outcome = if seat.lens.reach.replace && !plan.added.is_empty() {
-                    exchange::remove_unpaired(seat, memory, plan, here, done, dirty)
-                } else {
-                    seat.remove(pieces, done, dirty)
-                };
-                if let Err(failure) = outcome {
-                    self.fence_seat(seat, &failure, done);
-                }
+            self.take(state, plan, here, done);
+        }
+    }
+
+    /// Mirrors lose those of the removed mappings that are `here`, with nothing left mapped between them.
+    #[inline]
+    fn take(&self, state: &mut DomainState, plan: &Plan<'_>, here: &[Mapping], done: &mut Completion) {
+        let DomainState { seats, memory, pieces: scratch, dirty, .. } = state;
+        let _callback = CallbackScope::enter();
+        let pieces = pieces_of(here, memory, scratch);
+        for seat in &mut seats.mirrors {
+            let outcome = if seat.is_direct() {
+                seat.remove(pieces, done, dirty)
+            } else if !seat.is_live() {
+                continue;
+            } else if seat.lens.reach.replace && !plan.added.is_empty() {
+                exchange::remove_unpaired(seat, memory, plan, here, done, dirty)
+            } else {
+                seat.remove(pieces, done, dirty)
+            };
+            if let Err(failure) = outcome {
+                self.fence_seat(seat, &failure, done);
             }
         }
-        pieces.shrink_to(SCRATCH);
+        scratch.shrink_to(SCRATCH);
     }
 
     /// Mirrors get what is added, all or none of it; if none, they get the fallback.
@@ -326,19 +332,26 @@ impl DomainInner {
         let _callback = CallbackScope::enter();
         for at in 0..state.seats.mirrors.len() {
             let DomainState { seats, memory, dirty, .. } = &mut *state;
-            let Some(seat) = seats.mirrors.get_mut(at).filter(|seat| seat.is_live()) else { continue };
-            if !seat.is_complete() {
-                plan.added.iter().for_each(|m| seat.stretch(m));
-            }
+            let Some(seat) = seats.mirrors.get_mut(at) else { continue };
             let mut nth = 0;
-            let outcome = if !plan.removed.is_empty() && seat.lens.reach.replace {
-                exchange::add_all(seat, memory, plan, done, dirty)
-            } else {
+            let mut add_all = |seat: &mut MirrorSeat, done: &mut Completion| {
                 pieces.iter().try_for_each(|piece| {
                     seat.add(piece, done)?;
                     nth += 1;
                     Ok(())
                 })
+            };
+            let outcome = if seat.is_direct() {
+                add_all(seat, done)
+            } else if !seat.is_live() {
+                continue;
+            } else {
+                plan.added.iter().for_each(|m| seat.stretch(m));
+                if seat.lens.reach.replace && !plan.removed.is_empty() {
+                    exchange::add_all(seat, memory, plan, done, dirty)
+                } else {
+                    add_all(seat, done)
+                }
             };
             if let Err(error) = outcome {
                 self.not_added(state, plan, pieces, (at, nth), *error, done)?;

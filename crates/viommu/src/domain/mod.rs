@@ -381,7 +381,11 @@ impl DomainInner {
         self.apply(state, &planned.plan(), lazy, done)
     }
 
+    #[inline]
     pub(crate) fn tell_caches(&self, state: &DomainState, ranges: &[IovaRange], done: &mut Completion) {
+        if state.seats.caches.is_empty() {
+            return;
+        }
         let _callback = CallbackScope::enter();
         for range in ranges {
             state.seats.caches.iter().for_each(|cache| cache.invalidate(*range, done));

@@ -186,14 +186,16 @@ impl Unit {
             Err((seats, error)) => {
                 let kind = AttachErrorKind::Refused(refused_of(error));
                 let back = match &source {
-                    Some(source) => join(source, seats, Some(id), &regions, done).map_err(|(seats, _)| seats),
+                    Some(source) => {
+                        join(source, *seats, Some(id), &regions, done).map_err(|(seats, _)| seats)
+                    }
                     None => Err(seats),
                 };
                 match back {
                     Ok(()) => shared.publish(|sight| sight.moved_to(source.clone())),
                     Err(seats) => {
                         shared.publish(|sight| sight.moved_to(None));
-                        put_seats(control, None, id, seats);
+                        put_seats(control, None, id, *seats);
                         return Err((kind, source.is_none()));
                     }
                 }

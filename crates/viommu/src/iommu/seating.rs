@@ -86,7 +86,7 @@ pub(crate) fn join(
     endpoint: Option<EndpointId>,
     regions: &Arc<[Region]>,
     done: &mut Completion,
-) -> Result<(), (Seats, ReplayError)> {
+) -> Result<(), (Box<Seats>, ReplayError)> {
     let mirrors: Vec<u64> = seats.mirrors.iter().map(|seat| seat.sub.id()).collect();
     let everyone: Vec<u64> = (seats.mirrors.iter().map(|s| s.sub.id()))
         .chain(seats.caches.iter().map(|s| s.sub.id()))
@@ -102,7 +102,7 @@ pub(crate) fn join(
         let met = if domain.is_identity() { None } else { regions.iter().find_map(meets) };
         if let Some(m) = met.filter(|_| endpoint.is_some()) {
             let why = format!("the mapping at {} meets a region", m.range);
-            return Err((seats, ReplayError::Refused(Refused::new(RefusalKind::Range, why))));
+            return Err((seats.into(), ReplayError::Refused(Refused::new(RefusalKind::Range, why))));
         }
         state.seats.append(seats);
         if let Some(endpoint) = endpoint {
@@ -121,7 +121,7 @@ pub(crate) fn join(
                 seats.mirrors.iter_mut().for_each(|seat| empty(domain, &mut state, seat, done));
                 back.append(seats);
             }
-            return Err((back, error));
+            return Err((back.into(), error));
         }
     }
     Ok(())

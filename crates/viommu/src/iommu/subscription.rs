@@ -196,7 +196,7 @@ impl Subscription {
         if let Err((mut seats, error)) = join(&domain, seats, self.sub.endpoint(), &regions, &mut done) {
             let why = format!("{error:?}");
             seats.mirrors.iter_mut().for_each(|seat| domain.fence_seat(seat, &why, &mut done));
-            lock(&domain.state).seats.append(seats);
+            lock(&domain.state).seats.append(*seats);
             return Err(SubscribeError::Fenced(why));
         }
         Ok(done)
