@@ -98,9 +98,21 @@ impl MirrorSeat {
     }
 
     /// Whether it is an ordinary one: see the field.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn is_direct(&self) -> bool {
         self.direct
+    }
+
+    /// Whether steps in `range` are anything to it.
+    #[inline]
+    pub(crate) fn hears_in(&self, range: IovaRange) -> bool {
+        self.live && self.lens.interest.window.overlaps(range)
+    }
+
+    /// Whether adding `m`, which is memory of one piece, is one call that it cannot be known to refuse, or no call.
+    #[inline]
+    pub(crate) fn can_take_as_it_is(&self, m: &Mapping) -> bool {
+        if self.direct { self.has_room_for(1, 0) } else { !self.hears_in(m.range) }
     }
 
     #[inline]
@@ -146,23 +158,9 @@ impl MirrorSeat {
     }
 
     /// Whether it could hold `pieces` besides what it has, less `fewer` extents. Gives the extents it would add.
-    #[inline(always)]
     pub(crate) fn check(&mut self, pieces: &[Mapping], fewer: u64) -> Result<(), (Unreachable, IovaRange)> {
         // Never more extents than pieces.
-        if self.direct && self.has_room_for(pieces.len(), fewer) {
-            return Ok(());
-        }
-        self.check_clipped(pieces, fewer)
-    }
-
-    #[inline(always)]
-    fn has_room_for(&self, more: usize, fewer: u64) -> bool {
-        self.counts.held.saturating_sub(fewer).saturating_add(more as u64) <= self.limit
-    }
-
-    #[inline(never)]
-    fn check_clipped(&mut self, pieces: &[Mapping], fewer: u64) -> Result<(), (Unreachable, IovaRange)> {
-        if !self.live || !self.lens.sees(pieces) {
+        if self.direct && self.has_room_for(pieces.len(), fewer) || !self.lens.sees(pieces) {
             return Ok(());
         }
         let mut extents = core::mem::take(&mut self.scratch);
@@ -173,6 +171,11 @@ impl MirrorSeat {
         outcome
     }
 
+    #[inline]
+    fn has_room_for(&self, more: usize, fewer: u64) -> bool {
+        self.counts.held.saturating_sub(fewer).saturating_add(more as u64) <= self.limit
+    }
+
     fn check_extents(&self, extents: &[Mapping], fewer: u64) -> Result<(), (Unreachable, IovaRange)> {
         let unreachable = extents.iter().find_map(|e| Some((self.lens.reach.refuses(e)?, e.range)));
         let over = || Some((Unreachable::Entries, extents.last()?.range));
@@ -181,15 +184,10 @@ impl MirrorSeat {
     }
 
     /// How many extents it holds of these backed pieces.
-    #[inline(always)]
     pub(crate) fn count(&mut self, pieces: &[Mapping]) -> u64 {
-        if pieces.is_empty() || self.limit == u64::MAX {
+        if self.limit == u64::MAX || pieces.is_empty() {
             return 0;
         }
-        self.count_clipped(pieces)
-    }
-
-    fn count_clipped(&mut self, pieces: &[Mapping]) -> u64 {
         let mut extents = core::mem::take(&mut self.scratch);
         extents.clear();
         pieces.iter().filter(|p| self.is_behind(p)).for_each(|p| self.lens.extents(p, &mut extents));
@@ -207,15 +205,7 @@ impl MirrorSeat {
     }
 
     /// Ends the step here, if it has begun here.
-    #[inline(always)]
     pub(crate) fn commit(&mut self, done: &mut Completion) {
-        if !self.direct {
-            self.end_step(done);
-        }
-    }
-
-    #[inline(never)]
-    fn end_step(&mut self, done: &mut Completion) {
         if self.lens.reach.replace {
             self.swap = Swap::default();
         }
@@ -240,34 +230,27 @@ impl MirrorSeat {
     ///
     /// # Errors
     /// Refused: what of this piece was added has been taken back, or else the failure says that it must be fenced.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn add(&mut self, piece: &Mapping, done: &mut Completion) -> Added {
-        if self.direct && piece.target == Target::Ram {
-            return self.map_one(piece, done);
-        }
-        self.add_indirect(piece, done)
-    }
-
-    #[inline(never)]
-    fn add_indirect(&mut self, piece: &Mapping, done: &mut Completion) -> Added {
         if self.lens.straight && piece.target == Target::Ram && self.is_behind(piece) {
             self.begin();
-            return self.map_one(piece, done);
-        }
-        if !self.lens.sees(core::slice::from_ref(piece)) || !self.is_behind(piece) {
-            return Ok(());
+            return self.map_one(piece, done).map_err(AddError::refused);
         }
         self.add_clipped(piece, done)
     }
 
+    #[inline(never)]
     fn add_clipped(&mut self, piece: &Mapping, done: &mut Completion) -> Added {
+        if !self.lens.sees(core::slice::from_ref(piece)) || !self.is_behind(piece) {
+            return Ok(());
+        }
         let mut extents = core::mem::take(&mut self.scratch);
         extents.clear();
         self.lens.extents(piece, &mut extents);
         let mut outcome = Ok(());
         for (at, extent) in extents.iter().enumerate() {
             self.begin();
-            outcome = self.map_one(extent, done);
+            outcome = self.map_one(extent, done).map_err(AddError::refused);
             if outcome.is_err() {
                 for undo in extents.get(..at).unwrap_or_default() {
                     let undone = self.unmap_one(undo.range, core::slice::from_ref(undo), done, &mut None);
@@ -282,8 +265,9 @@ impl MirrorSeat {
         outcome
     }
 
-    #[inline(always)]
-    fn map_one(&mut self, extent: &Mapping, done: &mut Completion) -> Added {
+    /// Maps one extent.
+    #[inline]
+    pub(crate) fn map_one(&mut self, extent: &Mapping, done: &mut Completion) -> Result<(), Box<Refused>> {
         match self.mirror.map(extent) {
             Ok(ack) => {
                 self.counts.map += 1;
@@ -291,14 +275,14 @@ impl MirrorSeat {
                 self.note(ack, done);
                 Ok(())
             }
-            Err(refused) => Err(self.refused(refused)),
+            Err(refused) => Err(self.not_mapped(refused)),
         }
     }
 
     #[cold]
-    fn refused(&mut self, refused: Refused) -> Box<AddError> {
+    fn not_mapped(&mut self, refused: Refused) -> Box<Refused> {
         self.counts.refused += 1;
-        AddError::Refused(refused).into()
+        refused.into()
     }
 
     /// What [`replace`](Self::replace) would give it of two backed pieces, if it is one extent for one over the same
@@ -334,24 +318,7 @@ impl MirrorSeat {
     }
 
     /// Takes away what it holds of these backed pieces. Where it unmaps wide, nothing else may be mapped between them.
-    #[inline(always)]
     pub(crate) fn remove(
-        &mut self,
-        pieces: &[Mapping],
-        done: &mut Completion,
-        dirty: &mut Option<DirtyLog>,
-    ) -> Result<(), Failure> {
-        if self.direct
-            && let [one] = pieces
-            && one.target == Target::Ram
-        {
-            return self.unmap_one(one.range, pieces, done, dirty);
-        }
-        self.remove_indirect(pieces, done, dirty)
-    }
-
-    #[inline(never)]
-    fn remove_indirect(
         &mut self,
         pieces: &[Mapping],
         done: &mut Completion,
@@ -390,8 +357,8 @@ impl MirrorSeat {
     }
 
     /// Unmaps `range`, in which it holds exactly `extents`.
-    #[inline(always)]
-    fn unmap_one(
+    #[inline]
+    pub(crate) fn unmap_one(
         &mut self,
         range: IovaRange,
         extents: &[Mapping],
@@ -399,20 +366,24 @@ impl MirrorSeat {
         log: &mut Option<DirtyLog>,
     ) -> Result<(), Failure> {
         self.counts.unmap += 1;
-        match self.mirror.unmap(range) {
+        // Looked at where it is: moving it costs more than the call.
+        let mut outcome = self.mirror.unmap(range);
+        match &mut outcome {
             Ok(Unmapped { bytes, dirty, ack }) => {
-                self.note(ack, done);
+                if let Ack::Pending(_) = ack {
+                    self.note(core::mem::replace(ack, Ack::Done), done);
+                }
                 self.counts.held = self.counts.held.saturating_sub(extents.len() as u64);
                 let expected = extents.iter().map(|e| e.range.bytes()).sum();
-                if bytes != expected {
-                    return Err(removed_otherwise(range, bytes, expected));
+                if *bytes != expected {
+                    return Err(removed_otherwise(range, *bytes, expected));
                 }
                 if log.is_some() {
                     self.counts.dirty += note_dirty(log, extents, dirty.as_ref());
                 }
                 Ok(())
             }
-            Err(refused) => Err(self.not_removed(range, &refused)),
+            Err(refused) => Err(self.not_removed(range, refused)),
         }
     }
 
@@ -458,11 +429,17 @@ fn removed_otherwise(range: IovaRange, bytes: u128, expected: u128) -> Failure {
     format!("unmap of {range} removed {bytes} bytes where {expected} were held").into()
 }
 
+impl AddError {
+    fn refused(refused: Box<Refused>) -> Box<Self> {
+        Self::Refused(refused).into()
+    }
+}
+
 /// Why an addition did not happen.
 #[derive(Debug)]
 pub(crate) enum AddError {
     /// The mirror refused it; nothing of it is left.
-    Refused(Refused),
+    Refused(Box<Refused>),
     /// The mirror refused it and could not take back a part: it must be fenced.
     Fence(Failure),
 }

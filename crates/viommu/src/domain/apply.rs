@@ -2,7 +2,6 @@
 //! publish additions, observers (L6). With its undo (L3).
 
 use crate::addr::IovaRange;
-use crate::backing::Memory;
 use crate::change::Change;
 use crate::deliver::backed;
 use crate::deliver::mirror::{AddError, MirrorSeat};
@@ -13,7 +12,7 @@ use crate::mapping::Mapping;
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
 use crate::sync::{Ordering, fence};
-use crate::table::{InsertError, PAGE};
+use crate::table::InsertError;
 
 /// The difference that a step makes. All lists ascend and are disjoint in themselves.
 #[derive(Clone, Copy, Default)]
@@ -31,7 +30,7 @@ pub(crate) struct Plan<'a> {
 impl DomainInner {
     /// Bumps the version around `publish`, so that a reader of several mappings sees that they changed.
     #[inline]
-    fn publish<R>(&self, publish: impl FnOnce() -> R) -> R {
+    pub(crate) fn publish<R>(&self, publish: impl FnOnce() -> R) -> R {
         let version = self.version.load(Ordering::Relaxed);
         self.version.store(version.wrapping_add(1), Ordering::Relaxed);
         fence(Ordering::Release);
@@ -69,38 +68,6 @@ impl DomainInner {
         Ok(count)
     }
 
-    /// Adds one mapping, and tells everyone.
-    pub(crate) fn add_one(
-        &self,
-        state: &mut DomainState,
-        new: &Mapping,
-        done: &mut Completion,
-    ) -> Result<(), StepErrorKind> {
-        let added = core::slice::from_ref(new);
-        let plan = Plan { added, ..Plan::default() };
-        // Where its leaf has its place already and the memory behind it is of one piece, nothing is looked up twice.
-        let is_simple = !new.access.is_empty() && state.memory.is_ram_behind(new);
-        let Some(vacancy) = state.writer.vacancy(new.range).filter(|_| is_simple) else {
-            if state.writer.is_taken_in(new.range) {
-                return Err(state.overlap(new));
-            }
-            return self.apply(state, &plan, true, done);
-        };
-        self.claim(state, 1)?;
-        let outcome = match self.check_pieces(state, &plan, added, &[], done) {
-            Ok(()) => self.give(state, &plan, added, done),
-            refused => refused,
-        };
-        if outcome.is_ok() {
-            self.publish(|| state.writer.fill_vacancy(vacancy, new));
-        } else {
-            self.totals.give_back(1);
-        }
-        state.commit(done);
-        self.tell_observers(state, &[], if outcome.is_ok() { added } else { &[] });
-        outcome
-    }
-
     /// Removes all that is inside `range`, which cuts nothing or is refused, and tells everyone.
     pub(crate) fn remove_all(
         &self,
@@ -109,38 +76,25 @@ impl DomainInner {
         lazy: bool,
         done: &mut Completion,
     ) -> Result<usize, StepErrorKind> {
-        if range.bytes() == PAGE.into() {
-            let Ok(gone) = self.publish(|| state.writer.remove_page(range)) else {
-                return Err(state.cut(range));
-            };
-            let Some(gone) = gone else { return Ok(0) };
-            self.tell_removed(state, &[gone], lazy, done);
-            return Ok(1);
-        }
         let mut removed = core::mem::take(&mut state.removed);
         let outcome = self.publish(|| state.writer.remove(range, |m| removed.push(m)));
-        self.tell_removed(state, &removed, lazy, done);
+        if let (Some(first), Some(last)) = (removed.first(), removed.last()) {
+            // Nothing else is mapped in between: it was inside the range too.
+            let spans = [first.range.hull(last.range)];
+            self.totals.give_back(removed.len() as u64);
+            let plan = Plan { removed: &removed, spans: &spans, ..Plan::default() };
+            self.deliver_removals(state, &plan, done);
+            state.commit(done);
+            self.note_removal(&spans, lazy, done);
+            self.tell_observers(state, &removed, &[]);
+        }
         removed.clear();
         removed.shrink_to(SCRATCH);
         state.removed = removed;
         outcome.map_err(|_| state.cut(range))
     }
 
-    /// Tells everyone of mappings that have been removed, with nothing left mapped between them.
-    #[inline]
-    fn tell_removed(&self, state: &mut DomainState, removed: &[Mapping], lazy: bool, done: &mut Completion) {
-        let (Some(first), Some(last)) = (removed.first(), removed.last()) else { return };
-        let spans = [first.range.hull(last.range)];
-        self.totals.give_back(removed.len() as u64);
-        let plan = Plan { removed, spans: &spans, ..Plan::default() };
-        self.tell_caches(state, &spans, done);
-        self.take(state, &plan, removed, done);
-        state.commit(done);
-        self.note_removal(&spans, lazy, done);
-        self.tell_observers(state, removed, &[]);
-    }
-
-    fn claim(&self, state: &DomainState, count: u64) -> Result<(), StepErrorKind> {
+    pub(crate) fn claim(&self, state: &DomainState, count: u64) -> Result<(), StepErrorKind> {
         if state.limit.is_some_and(|limit| (state.writer.len() as u64).saturating_add(count) > limit) {
             return Err(StepErrorKind::Cap(Cap::DomainMappings));
         }
@@ -221,39 +175,36 @@ impl DomainInner {
             state.writer.reserve(&[plan.added, plan.fallback].concat())
         };
         reserved.map_err(|_| StepErrorKind::Cap(Cap::TableBytes))?;
-        if state.seats.mirrors.is_empty() {
-            return Ok(());
-        }
-        let (mut removed, mut added) = (Vec::new(), core::mem::take(&mut state.pieces));
-        plan.removed.iter().for_each(|m| backed(&state.memory, m, &mut |piece| removed.push(*piece)));
-        added.clear();
-        plan.added.iter().for_each(|m| backed(&state.memory, m, &mut |piece| added.push(*piece)));
         // Last: it fences where it cannot refuse.
-        let outcome = self.check_pieces(state, plan, &added, &removed, done);
-        state.pieces = added;
-        if outcome.is_err() {
-            state.writer.give_up();
+        if !state.seats.mirrors.is_empty() {
+            let outcome = self.check_reach(state, plan, done);
+            if outcome.is_err() {
+                state.writer.give_up();
+            }
+            return outcome;
         }
-        outcome
+        Ok(())
     }
 
     /// Everything that a mirror can be known to refuse is refused here, before anything is published. Where the guest
     /// cannot be refused, the mirror is fenced instead.
-    /// `added` and `removed`: what is backed of that.
-    #[inline]
-    fn check_pieces(
+    fn check_reach(
         &self,
         state: &mut DomainState,
         plan: &Plan<'_>,
-        added: &[Mapping],
-        removed: &[Mapping],
         done: &mut Completion,
     ) -> Result<(), StepErrorKind> {
-        for seat in &mut state.seats.mirrors {
-            let fewer = seat.count(removed);
-            if let Err((why, range)) = seat.check(added, fewer) {
+        let refusable = state.refusable && plan.added != plan.fallback;
+        let DomainState { seats, memory, pieces, .. } = state;
+        let mut removed = Vec::new();
+        plan.removed.iter().for_each(|m| backed(memory, m, &mut |piece| removed.push(*piece)));
+        pieces.clear();
+        plan.added.iter().for_each(|m| backed(memory, m, &mut |piece| pieces.push(*piece)));
+        for seat in seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
+            let fewer = seat.count(&removed);
+            if let Err((why, range)) = seat.check(pieces, fewer) {
                 let kind = StepErrorKind::Unreachable { subscription: seat.sub.id(), why, range };
-                if state.refusable && plan.added != plan.fallback {
+                if refusable {
                     return Err(kind);
                 }
                 // The removals of this step are still ahead: a fenced mirror needs none of them. If the fence fails the
@@ -265,41 +216,33 @@ impl DomainInner {
     }
 
     /// Caches and mirrors lose what has been removed. They cannot refuse: who fails is fenced.
-    fn deliver_removals(&self, state: &mut DomainState, plan: &Plan<'_>, done: &mut Completion) {
+    pub(crate) fn deliver_removals(&self, state: &mut DomainState, plan: &Plan<'_>, done: &mut Completion) {
         self.tell_caches(state, plan.spans, done);
-        if state.seats.mirrors.is_empty() {
+        let DomainState { seats, memory, pieces, dirty, .. } = state;
+        if seats.mirrors.is_empty() {
             return;
         }
+        let _callback = CallbackScope::enter();
         let mut rest = plan.removed;
         for span in plan.spans {
             let inside = rest.partition_point(|m| m.range.last() <= span.last());
             let (here, later) = rest.split_at(inside);
             rest = later;
-            self.take(state, plan, here, done);
-        }
-    }
-
-    /// Mirrors lose those of the removed mappings that are `here`, with nothing left mapped between them.
-    #[inline]
-    fn take(&self, state: &mut DomainState, plan: &Plan<'_>, here: &[Mapping], done: &mut Completion) {
-        let DomainState { seats, memory, pieces: scratch, dirty, .. } = state;
-        let _callback = CallbackScope::enter();
-        let pieces = pieces_of(here, memory, scratch);
-        for seat in &mut seats.mirrors {
-            let outcome = if seat.is_direct() {
-                seat.remove(pieces, done, dirty)
-            } else if !seat.is_live() {
-                continue;
-            } else if seat.lens.reach.replace && !plan.added.is_empty() {
-                exchange::remove_unpaired(seat, memory, plan, here, done, dirty)
-            } else {
-                seat.remove(pieces, done, dirty)
-            };
-            if let Err(failure) = outcome {
-                self.fence_seat(seat, &failure, done);
+            pieces.clear();
+            here.iter().for_each(|m| backed(memory, m, &mut |piece| pieces.push(*piece)));
+            for seat in seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
+                let outcome = if seat.lens.reach.replace && !plan.added.is_empty() {
+                    exchange::remove_unpaired(seat, memory, plan, here, done, dirty)
+                } else {
+                    seat.remove(pieces, done, dirty)
+                };
+                if let Err(failure) = outcome {
+                    self.fence_seat(seat, &failure, done);
+                }
             }
         }
-        scratch.shrink_to(SCRATCH);
+        pieces.clear();
+        pieces.shrink_to(SCRATCH);
     }
 
     /// Mirrors get what is added, all or none of it; if none, they get the fallback.
@@ -312,86 +255,54 @@ impl DomainInner {
         if plan.added.is_empty() || state.seats.mirrors.is_empty() {
             return Ok(());
         }
-        let mut scratch = core::mem::take(&mut state.pieces);
-        let pieces = pieces_of(plan.added, &state.memory, &mut scratch);
-        let outcome = self.give(state, plan, pieces, done);
-        scratch.shrink_to(SCRATCH);
-        state.pieces = scratch;
-        outcome
-    }
-
-    /// `pieces`: what is backed of all that is added.
-    #[inline]
-    fn give(
-        &self,
-        state: &mut DomainState,
-        plan: &Plan<'_>,
-        pieces: &[Mapping],
-        done: &mut Completion,
-    ) -> Result<(), StepErrorKind> {
         let _callback = CallbackScope::enter();
-        for at in 0..state.seats.mirrors.len() {
-            let DomainState { seats, memory, dirty, .. } = &mut *state;
-            let Some(seat) = seats.mirrors.get_mut(at) else { continue };
+        // Rests of what an unmap cut: the removal stands, so who cannot hold them is fenced.
+        let refusable = state.refusable && plan.added != plan.fallback;
+        let mut pieces = core::mem::take(&mut state.pieces);
+        pieces.clear();
+        plan.added.iter().for_each(|m| backed(&state.memory, m, &mut |piece| pieces.push(*piece)));
+        let mut refusal = None;
+        for (at, seat) in state.seats.mirrors.iter_mut().enumerate().filter(|(_, seat)| seat.is_live()) {
+            plan.added.iter().for_each(|m| seat.stretch(m));
             let mut nth = 0;
-            let mut add_all = |seat: &mut MirrorSeat, done: &mut Completion| {
+            let outcome = if seat.lens.reach.replace && !plan.removed.is_empty() {
+                exchange::add_all(seat, &state.memory, plan, done, &mut state.dirty)
+            } else {
                 pieces.iter().try_for_each(|piece| {
                     seat.add(piece, done)?;
                     nth += 1;
                     Ok(())
                 })
             };
-            let outcome = if seat.is_direct() {
-                add_all(seat, done)
-            } else if !seat.is_live() {
-                continue;
-            } else {
-                plan.added.iter().for_each(|m| seat.stretch(m));
-                if seat.lens.reach.replace && !plan.removed.is_empty() {
-                    exchange::add_all(seat, memory, plan, done, dirty)
-                } else {
-                    add_all(seat, done)
+            let Err(error) = outcome else { continue };
+            match *error {
+                AddError::Fence(failure) => self.fence_seat(seat, &failure, done),
+                AddError::Refused(refused) => {
+                    let kind = StepErrorKind::Refused { subscription: seat.sub.id(), refused: *refused };
+                    if refusable {
+                        refusal = Some((at, nth, kind));
+                        break;
+                    }
+                    self.fence_seat(seat, &kind.to_string(), done);
                 }
-            };
-            if let Err(error) = outcome {
-                self.not_added(state, plan, pieces, (at, nth), *error, done)?;
             }
         }
-        Ok(())
-    }
-
-    /// The mirror at `at` got the first `nth` of `pieces` and no more. It is fenced, or the step is refused, and all that
-    /// it added is taken back.
-    #[cold]
-    fn not_added(
-        &self,
-        state: &mut DomainState,
-        plan: &Plan<'_>,
-        pieces: &[Mapping],
-        (at, nth): (usize, usize),
-        error: AddError,
-        done: &mut Completion,
-    ) -> Result<(), StepErrorKind> {
-        // Rests of what an unmap cut: the removal stands, so who cannot hold them is fenced.
-        let refusable = state.refusable && plan.added != plan.fallback;
-        let Some(seat) = state.seats.mirrors.get_mut(at) else { return Ok(()) };
-        match error {
-            AddError::Fence(failure) => self.fence_seat(seat, &failure, done),
-            AddError::Refused(refused) => {
-                let kind = StepErrorKind::Refused { subscription: seat.sub.id(), refused };
-                if refusable {
-                    self.undo(state, plan, pieces, (at, nth), done);
-                    self.fall_back(state, plan, done);
-                    return Err(kind);
-                }
-                self.fence_seat(seat, &kind.to_string(), done);
+        let outcome = match refusal {
+            None => Ok(()),
+            Some((at, nth, kind)) => {
+                self.undo(state, plan, &pieces, (at, nth), done);
+                self.fall_back(state, plan, done);
+                Err(kind)
             }
-        }
-        Ok(())
+        };
+        pieces.clear();
+        pieces.shrink_to(SCRATCH);
+        state.pieces = pieces;
+        outcome
     }
 
     /// Takes back what mirrors before `at` got of `pieces`, and the first `nth` of the mirror at `at`.
-    fn undo(
+    pub(crate) fn undo(
         &self,
         state: &mut DomainState,
         plan: &Plan<'_>,
@@ -452,10 +363,13 @@ impl DomainInner {
     }
 
     #[inline]
-    fn tell_observers(&self, state: &mut DomainState, removed: &[Mapping], added: &[Mapping]) {
-        if state.seats.observers.is_empty() {
-            return;
+    pub(crate) fn tell_observers(&self, state: &mut DomainState, removed: &[Mapping], added: &[Mapping]) {
+        if !state.seats.observers.is_empty() {
+            self.tell_changes(state, removed, added);
         }
+    }
+
+    fn tell_changes(&self, state: &mut DomainState, removed: &[Mapping], added: &[Mapping]) {
         let _callback = CallbackScope::enter();
         for change in Changes::new(removed, added) {
             for seat in &mut state.seats.observers {
@@ -465,22 +379,8 @@ impl DomainInner {
     }
 }
 
-/// What is backed of `mappings`: they themselves, where that is one in one piece of memory, else what is put into `scratch`.
-#[inline]
-fn pieces_of<'a>(mappings: &'a [Mapping], memory: &Memory, scratch: &'a mut Vec<Mapping>) -> &'a [Mapping] {
-    match mappings {
-        [one] if !one.access.is_empty() && memory.is_ram_behind(one) => mappings,
-        _ => {
-            scratch.clear();
-            mappings.iter().for_each(|m| backed(memory, m, &mut |piece| scratch.push(*piece)));
-            scratch
-        }
-    }
-}
-
 impl DomainState {
     /// Ends the step at every mirror that has batches.
-    #[inline]
     pub(crate) fn commit(&mut self, done: &mut Completion) {
         for seat in &mut self.seats.mirrors {
             seat.commit(done);

@@ -58,7 +58,7 @@ pub(crate) fn add_all(
     for new in plan.added {
         let kept = seat.swap.kept.iter().find(|old| old.range == new.range).copied();
         if let Some((old, new)) = kept.and_then(|old| pair(seat, memory, &old, new)) {
-            seat.replace((&old, &new), done).map_err(AddError::Refused)?;
+            seat.replace((&old, &new), done).map_err(|refused| AddError::Refused(refused.into()))?;
             // Nobody says what was written through the old one.
             note_dirty(dirty, &[old], None);
             seat.swap.exchanged.push((old, new));

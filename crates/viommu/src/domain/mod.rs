@@ -5,6 +5,7 @@ pub(crate) mod dirty;
 mod exchange;
 pub(crate) mod inner;
 pub(crate) mod plan;
+mod single;
 pub(crate) mod sync;
 
 use core::fmt;
@@ -20,6 +21,7 @@ use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::{BurstScope, CallbackScope, StepScope};
 use crate::subscribe::{DirtyBitmap, Space};
 use crate::sync::{Arc, MutexGuard, lock};
+use crate::table::PAGE;
 
 pub use inner::Tables;
 pub use sync::{Progress, Walk};
@@ -359,6 +361,9 @@ impl DomainInner {
             }
             return Ok(count);
         }
+        if range.bytes() == PAGE.into() {
+            return self.remove_one(state, range, lazy, done);
+        }
         self.remove_all(state, range, lazy, done)
     }
 
@@ -381,11 +386,7 @@ impl DomainInner {
         self.apply(state, &planned.plan(), lazy, done)
     }
 
-    #[inline]
     pub(crate) fn tell_caches(&self, state: &DomainState, ranges: &[IovaRange], done: &mut Completion) {
-        if state.seats.caches.is_empty() {
-            return;
-        }
         let _callback = CallbackScope::enter();
         for range in ranges {
             state.seats.caches.iter().for_each(|cache| cache.invalidate(*range, done));

@@ -166,7 +166,7 @@ pub(crate) fn replay(domain: &DomainInner, id: u64, done: &mut Completion) -> Re
                 seat.advance(None);
                 return Ok(());
             }
-            Some(AddError::Refused(refused)) => return Err(ReplayError::Refused(refused)),
+            Some(AddError::Refused(refused)) => return Err(ReplayError::Refused(*refused)),
             Some(AddError::Fence(failure)) => {
                 domain.fence_seat(seat, &failure, done);
                 return Err(ReplayError::Fenced(failure.into()));
