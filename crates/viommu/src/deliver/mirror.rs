@@ -370,13 +370,14 @@ impl MirrorSeat {
         let mut outcome = self.mirror.unmap(range);
         match &mut outcome {
             Ok(Unmapped { bytes, dirty, ack }) => {
+                let bytes = *bytes;
                 if let Ack::Pending(_) = ack {
                     self.note(core::mem::replace(ack, Ack::Done), done);
                 }
                 self.counts.held = self.counts.held.saturating_sub(extents.len() as u64);
                 let expected = extents.iter().map(|e| e.range.bytes()).sum();
-                if *bytes != expected {
-                    return Err(removed_otherwise(range, *bytes, expected));
+                if bytes != expected {
+                    return Err(removed_otherwise(range, bytes, expected));
                 }
                 if log.is_some() {
                     self.counts.dirty += note_dirty(log, extents, dirty.as_ref());
