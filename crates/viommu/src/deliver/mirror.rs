@@ -10,7 +10,7 @@ use crate::error::Incident;
 use crate::mapping::{Mapping, Target};
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
-use crate::subscribe::{FenceFailed, Interest, Mirror, Reach, Refused, Unmapped, Unreachable};
+use crate::subscribe::{FenceFailed, Interest, Mirror, Reach, RefusalKind, Refused, Unmapped, Unreachable};
 use crate::sync::Arc;
 
 /// A mirror that hangs on a domain (with its endpoint, or by itself), or that is parked at a blocked endpoint.
@@ -298,11 +298,7 @@ impl MirrorSeat {
     }
 
     /// Exchanges one extent for another over the same range.
-    pub(crate) fn replace(
-        &mut self,
-        (old, new): (&Mapping, &Mapping),
-        done: &mut Completion,
-    ) -> Result<(), Refused> {
+    pub(crate) fn replace(&mut self, (old, new): (&Mapping, &Mapping), done: &mut Completion) -> Added {
         self.begin();
         match self.mirror.replace(old, new) {
             Ok(ack) => {
@@ -312,7 +308,11 @@ impl MirrorSeat {
             }
             Err(refused) => {
                 self.counts.refused += 1;
-                Err(refused)
+                Err(if refused.kind == RefusalKind::Lost {
+                    AddError::Fence(format!("{} is lost: {refused}", old.range).into()).into()
+                } else {
+                    AddError::refused(refused.into())
+                })
             }
         }
     }

@@ -58,7 +58,7 @@ pub(crate) fn add_all(
     for new in plan.added {
         let kept = seat.swap.kept.iter().find(|old| old.range == new.range).copied();
         if let Some((old, new)) = kept.and_then(|old| pair(seat, memory, &old, new)) {
-            seat.replace((&old, &new), done).map_err(|refused| AddError::Refused(refused.into()))?;
+            seat.replace((&old, &new), done)?;
             // Nobody says what was written through the old one.
             note_dirty(dirty, &[old], None);
             seat.swap.exchanged.push((old, new));
@@ -111,7 +111,7 @@ pub(crate) fn undo(
     }
     for (old, new) in core::mem::take(&mut seat.swap.exchanged) {
         let back = seat.replace((&new, &old), done);
-        back.map_err(|refused| format!("could not put {} back: {refused}", old.range).into_boxed_str())?;
+        back.map_err(|error| format!("could not put {} back: {error:?}", old.range).into_boxed_str())?;
         note_dirty(dirty, &[new], None);
     }
     Ok(())

@@ -386,10 +386,12 @@ impl DomainInner {
         self.apply(state, &planned.plan(), lazy, done)
     }
 
+    /// Tells the caches that asked for removals.
     pub(crate) fn tell_caches(&self, state: &DomainState, ranges: &[IovaRange], done: &mut Completion) {
         let _callback = CallbackScope::enter();
         for range in ranges {
-            state.seats.caches.iter().for_each(|cache| cache.invalidate(*range, done));
+            let caches = state.seats.caches.iter().filter(|cache| cache.hears_steps());
+            caches.for_each(|cache| cache.invalidate(*range, done));
         }
     }
 }

@@ -144,28 +144,25 @@ pub(crate) fn replay(domain: &DomainInner, id: u64, done: &mut Completion) -> Re
         let Some(ahead) = IovaRange::new(cursor, Iova(u64::MAX)) else { return Ok(()) };
         let _callback = CallbackScope::enter();
         let memory = state.memory.clone();
-        let (mut count, mut failed, mut more) = (0_usize, None, false);
+        let (mut count, mut failed, mut rest) = (0_usize, None, None);
+        // Whatever comes now is to be held. Nobody sees where the slice has come to before it is over.
+        seat.advance(None);
         state.writer.for_each(ahead, &mut |m| {
-            if count == SLICE {
-                more = true;
-                return ControlFlow::Break(());
+            if count < SLICE {
+                count += 1;
+                match fill_one(seat, &memory, &m, done) {
+                    Ok(()) => return ControlFlow::Continue(()),
+                    Err(error) => failed = Some(error),
+                }
             }
-            count += 1;
-            seat.advance(m.range.next());
-            failed = fill_one(seat, &memory, &m, done).err();
-            if failed.is_some() {
-                seat.advance(Some(m.range.start()));
-                return ControlFlow::Break(());
-            }
-            ControlFlow::Continue(())
+            rest = Some(m.range.start());
+            ControlFlow::Break(())
         });
         seat.commit(done);
+        seat.advance(rest);
         match failed.map(|error| *error) {
-            None if more => {}
-            None => {
-                seat.advance(None);
-                return Ok(());
-            }
+            None if rest.is_some() => {}
+            None => return Ok(()),
             Some(AddError::Refused(refused)) => return Err(ReplayError::Refused(*refused)),
             Some(AddError::Fence(failure)) => {
                 domain.fence_seat(seat, &failure, done);
@@ -176,7 +173,15 @@ pub(crate) fn replay(domain: &DomainInner, id: u64, done: &mut Completion) -> Re
 }
 
 /// One mapping, all of its backed pieces or none.
+#[inline]
 fn fill_one(seat: &mut MirrorSeat, memory: &Memory, m: &Mapping, done: &mut Completion) -> Added {
+    if !m.access.is_empty() && memory.is_ram_behind(m) {
+        return seat.add(m, done);
+    }
+    fill_pieces(seat, memory, m, done)
+}
+
+fn fill_pieces(seat: &mut MirrorSeat, memory: &Memory, m: &Mapping, done: &mut Completion) -> Added {
     let mut count = 0_usize;
     let mut outcome = Ok(());
     backed(memory, m, &mut |piece| {
