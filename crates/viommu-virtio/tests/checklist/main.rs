@@ -10,4 +10,6 @@ mod mappings;
 mod probe;
 mod rig;
 mod splits;
+mod state;
+mod topology;
 mod views;
