@@ -126,7 +126,7 @@ fn release(context: &Context) -> anyhow::Result<Outcome> {
 ///
 /// If one fails, or there is none.
 pub(crate) fn loom(context: &Context, filter: Option<&str>) -> anyhow::Result<Said> {
-    model(context, "loom", filter)
+    model(context, "loom", &["viommu"], filter)
 }
 
 /// Runs the shuttle tests whose names contain `filter`.
@@ -135,13 +135,15 @@ pub(crate) fn loom(context: &Context, filter: Option<&str>) -> anyhow::Result<Sa
 ///
 /// If one fails, or there is none.
 pub(crate) fn shuttle(context: &Context, filter: Option<&str>) -> anyhow::Result<Said> {
-    model(context, "shuttle", filter)
+    model(context, "shuttle", &["viommu", "viommu-virtio"], filter)
 }
 
 /// The checker's name is the cfg that chooses its primitives, a part of its tests' names, and its target folder's.
-fn model(context: &Context, checker: &str, filter: Option<&str>) -> anyhow::Result<Said> {
-    let arguments = ["test", "-p", "viommu", "--profile", "model", "--lib"];
-    let mut command = context.cargo(&arguments);
+fn model(context: &Context, checker: &str, packages: &[&str], filter: Option<&str>) -> anyhow::Result<Said> {
+    let mut command = context.cargo(&["test", "--profile", "model", "--lib"]);
+    packages.iter().for_each(|package| {
+        command.args(["-p", package]);
+    });
     command.arg("--target-dir").arg(context.target(checker));
     command.arg(filter.unwrap_or(checker));
     // Lints are clippy's stage: what only the models leave unused is no news.

@@ -97,11 +97,25 @@ pub mod driver;
 mod events;
 #[cfg(feature = "fdt")]
 pub mod fdt;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+#[cfg_attr(
+    not(test),
+    expect(
+        clippy::arithmetic_side_effects,
+        clippy::indexing_slicing,
+        reason = "it panics when something is wrong"
+    )
+)]
+pub mod fuzzing;
 mod log;
 mod metrics;
 mod queue;
 mod rate;
+#[cfg(all(test, shuttle))]
+mod shuttle_tests;
 pub mod spec;
+mod sync;
 #[cfg_attr(
     not(test),
     expect(

@@ -1,6 +1,11 @@
 //! What lies at the guest's physical addresses, as the embedder tells it.
 
+use core::cell::Cell;
+use core::ops::Deref;
+
 use crate::addr::{Gpa, GpaRange};
+use crate::mapping::Mapping;
+use crate::sync::Arc;
 
 /// What an extent of guest physical addresses is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -73,9 +78,74 @@ impl Backing {
     }
 }
 
+/// The backing as one address space uses it: it remembers which memory was asked for last, for that is asked for next as
+/// a rule.
+#[derive(Clone)]
+pub(crate) struct Memory {
+    backing: Arc<Backing>,
+    near: Cell<Option<GpaRange>>,
+}
+
+impl Memory {
+    pub(crate) fn new(backing: Arc<Backing>) -> Self {
+        Self { backing, near: Cell::new(None) }
+    }
+
+    /// Whether all of the mapping's target is one extent of memory.
+    #[inline]
+    pub(crate) fn is_ram_behind(&self, mapping: &Mapping) -> bool {
+        let last = mapping.gpa_last();
+        let holds = |range: GpaRange| range.start() <= mapping.gpa && last <= range.last();
+        // A target that wraps is in no extent.
+        if mapping.gpa <= last && self.near.get().is_some_and(holds) {
+            return true;
+        }
+        self.look_behind(mapping)
+    }
+
+    #[inline(never)]
+    fn look_behind(&self, mapping: &Mapping) -> bool {
+        let Some(target) = GpaRange::new(mapping.gpa, mapping.gpa_last()) else { return false };
+        let extent = self.backing.at(mapping.gpa).filter(|e| e.medium == Medium::Ram);
+        let Some(extent) = extent.filter(|e| e.range.covers(target)) else { return false };
+        self.near.set(Some(extent.range));
+        true
+    }
+}
+
+impl Deref for Memory {
+    type Target = Backing;
+
+    #[inline]
+    fn deref(&self) -> &Backing {
+        &self.backing
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::addr::Iova;
+    use crate::mapping::Access;
+
+    #[test]
+    fn memory_behind_a_mapping_is_one_extent_of_ram_wherever_the_one_before_was() {
+        let mut b = Backing::default();
+        b.add(ram(0, 0x1fff));
+        b.add(ram(0x2000, 0x3fff));
+        let rom = GpaRange::new(Gpa(0x8000), Gpa(0x8fff)).unwrap();
+        b.add(Extent { range: rom, medium: Medium::Rom });
+        let memory = Memory::new(Arc::new(b));
+        let asked = |gpa: u64, bytes: u64| {
+            memory.is_ram_behind(&Mapping::new(Iova(0), bytes, Gpa(gpa), Access::RW).unwrap())
+        };
+        for _ in 0..2 {
+            assert!(asked(0x1000, 0x1000) && asked(0x2000, 0x2000));
+            assert!(!asked(0x1000, 0x2000), "two extents");
+            assert!(!asked(0x8000, 0x1000), "read-only");
+            assert!(!asked(0x5000, 0x1000), "nothing");
+        }
+    }
 
     fn ram(start: u64, last: u64) -> Extent {
         Extent { range: GpaRange::new(Gpa(start), Gpa(last)).unwrap(), medium: Medium::Ram }

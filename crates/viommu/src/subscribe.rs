@@ -21,7 +21,9 @@ bitflags::bitflags! {
         const MAP = 1;
         /// Mappings that are gone.
         const UNMAP = 2;
-        /// Explicit invalidations of one endpoint's device TLB (PCI ATS).
+        /// Explicit invalidations of one endpoint's device TLB (PCI ATS). A cache that asks for these alone hears of no
+        /// step on a domain, since the guest tells it by itself; it does hear when its endpoint's view changes, when
+        /// its domain ends, and when backing goes.
         const DEVICE_TLB = 4;
     }
 }
@@ -184,6 +186,8 @@ pub enum RefusalKind {
     Unsupported,
     /// The host failed.
     Device,
+    /// A [`Mirror::replace`] has left neither `old` nor `new`: the mirror is fenced.
+    Lost,
 }
 
 /// What an unmap did.
@@ -254,10 +258,18 @@ pub trait Mirror: Send {
     /// Exchanges `old` for `new`, which has the same range. Called only if [`Reach::replace`] says so.
     ///
     /// # Errors
-    /// A refusal leaves `old` in place.
+    /// A refusal leaves `old` in place, but for [`RefusalKind::Lost`].
     fn replace(&mut self, old: &Mapping, new: &Mapping) -> Result<Ack, Refused> {
         let Unmapped { ack, .. } = self.unmap(old.range)?;
-        Ok(ack.and(self.map(new)?))
+        let refused = match self.map(new) {
+            Ok(more) => return Ok(ack.and(more)),
+            Err(refused) => refused,
+        };
+        match self.map(old) {
+            Ok(Ack::Done) => Err(refused),
+            // Whether it will be there, nobody would learn.
+            Ok(Ack::Pending(_)) | Err(_) => Err(Refused { kind: RefusalKind::Lost, ..refused }),
+        }
     }
 
     /// Cuts the device off: returns only when it can do no more DMA through this mirror (detached, closed, bus-master

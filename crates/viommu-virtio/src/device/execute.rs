@@ -1,7 +1,5 @@
 //! Requests, one after the other: parameters, then the record, then the answer.
 
-use std::sync::MutexGuard;
-
 use viommu::domain::Burst;
 use viommu::endpoint::RegionKind;
 use viommu::{AttachError, Completion, Iova, IovaRange, Mapping, StepErrorKind, Tables, View};
@@ -16,6 +14,7 @@ use crate::queue::chain::Frame;
 use crate::queue::near::Near;
 use crate::spec::request::{self, Attach, Detach, Map, Probe, Status, Tail, Unmap};
 use crate::spec::{Features, property};
+use crate::sync::MutexGuard;
 
 /// Where requests come from and where their answers go.
 pub(crate) trait Requests {

@@ -8,7 +8,7 @@ mod topology;
 
 use core::ops::RangeInclusive;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use viommu::endpoint::Region;
 use viommu::{
@@ -25,6 +25,7 @@ use crate::metrics::{Counters, Metrics};
 use crate::queue::RequestQueue;
 use crate::spec::config::{self, BYPASS_OFFSET};
 use crate::spec::{Features, property};
+use crate::sync::{self, Mutex, MutexGuard};
 use limits::Limits;
 
 pub use state::{RestoreError, STATE_VERSION, SaveError, Saved, SavedMember};
@@ -110,6 +111,15 @@ pub(crate) struct Control {
     domains: BTreeMap<u32, GuestDomain>,
 }
 
+#[cfg(feature = "fuzzing")]
+impl Control {
+    /// The domain that an endpoint is attached to, and whether it is a bypass one.
+    pub(crate) fn attached_to(&self, endpoint: u32) -> Option<(u32, bool)> {
+        let id = *self.attached.get(&endpoint)?;
+        Some((id, matches!(self.domains.get(&id)?.kind, Kind::Bypass)))
+    }
+}
+
 struct Member {
     /// What a PROBE says: ascending, disjoint.
     regions: Vec<Region>,
@@ -192,7 +202,7 @@ impl VirtioIommu {
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Control> {
-        self.0.control.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.0.control)
     }
 
     pub(crate) fn faults(&self) -> &Faults {

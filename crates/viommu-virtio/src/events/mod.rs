@@ -3,7 +3,7 @@
 mod queue;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use viommu::reader::FaultSink;
@@ -13,6 +13,7 @@ use zerocopy::little_endian::{U32, U64};
 use crate::metrics::{Counters, bump};
 use crate::rate::Bucket;
 use crate::spec::event::{self, FaultFlags};
+use crate::sync::{self, Mutex};
 
 pub use queue::EventQueue;
 
@@ -56,7 +57,7 @@ impl Faults {
     }
 
     fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> R {
-        f(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+        f(&mut sync::lock(&self.state))
     }
 
     pub(crate) fn add_endpoint(&self, id: u32) {

@@ -8,7 +8,7 @@ use crate::mapping::{Access, Mapping};
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
 use crate::reader::{Fault, Reader};
-use crate::subscribe::{Cache, FenceFailed, Interest};
+use crate::subscribe::{Cache, FenceFailed, Interest, Kinds};
 use crate::sync::{Arc, Mutex, lock};
 
 /// A cache, wherever its endpoint is. Its lock is the channel: what is put in first is first.
@@ -36,6 +36,12 @@ impl CacheSeat {
     ) -> Arc<Self> {
         let channel = Mutex::new(Channel { cache, reader, counts: Counts::default() });
         Arc::new(Self { sub, interest, own, channel })
+    }
+
+    /// Whether it asked for what steps remove.
+    #[inline]
+    pub(crate) fn hears_steps(&self) -> bool {
+        self.interest.kinds.contains(Kinds::UNMAP)
     }
 
     /// Tells it to drop what it holds inside `range` (the domain's addresses). Removals are published before.

@@ -17,7 +17,7 @@ pub(crate) struct Lens {
     may_leave_out: bool,
     /// Nothing to clip or to leave out: every piece of memory is one extent, as it is.
     pub(crate) straight: bool,
-    /// Straight, and nothing to check.
+    /// Straight, and nothing is out of reach but for want of entries.
     pub(crate) plain: bool,
 }
 
@@ -34,7 +34,7 @@ impl Lens {
             self.clip_to.is_none() && self.interest.window == IovaRange::ALL && self.interest.offset == 0;
         let anywhere = self.reach.apertures == [IovaRange::ALL] && self.reach.granule() <= PAGE;
         self.straight = whole && (anywhere || !self.leaves_out());
-        self.plain = whole && anywhere && self.reach.entries.is_none();
+        self.plain = whole && anywhere;
     }
 
     /// Comes to an address space: what of an identity view it may hold, and whether the guest can be refused there.

@@ -10,7 +10,7 @@ use crate::error::Incident;
 use crate::mapping::{Mapping, Target};
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
-use crate::subscribe::{DirtyBitmap, FenceFailed, Interest, Mirror, Refused, Unmapped, Unreachable};
+use crate::subscribe::{FenceFailed, Interest, Mirror, Reach, RefusalKind, Refused, Unmapped, Unreachable};
 use crate::sync::Arc;
 
 /// A mirror that hangs on a domain (with its endpoint, or by itself), or that is parked at a blocked endpoint.
@@ -29,6 +29,11 @@ pub(crate) struct MirrorSeat {
     in_step: bool,
     /// Not fenced. The same as the subscription's word for it, at hand.
     live: bool,
+    /// Alive and complete; every piece of memory is one extent, as it is; and a step is no more than its calls of `map`
+    /// and `unmap`, with nothing to check but the number of extents. Most mirrors are so most of the time.
+    direct: bool,
+    /// The most extents that it can hold.
+    limit: u64,
     scratch: Vec<Mapping>,
     /// Inside a step, of a mirror that replaces in place: what it has not lost, for the way back.
     pub(crate) swap: Swap,
@@ -46,7 +51,10 @@ pub(crate) struct Swap {
 }
 
 /// Why a mirror must be fenced.
-pub(crate) type Failure = String;
+pub(crate) type Failure = Box<str>;
+
+/// In a box: what hardly ever comes is not to be carried along.
+pub(crate) type Added = Result<(), Box<AddError>>;
 
 impl MirrorSeat {
     pub(crate) fn new(sub: Arc<Sub>, interest: Interest, mirror: Box<dyn Mirror>) -> Self {
@@ -56,6 +64,8 @@ impl MirrorSeat {
         };
         Self {
             sub,
+            direct: false,
+            limit: 0,
             lens: Lens::new(interest, reach),
             counts: Counts::default(),
             binding: None,
@@ -71,7 +81,38 @@ impl MirrorSeat {
     /// Comes to an address space, holding nothing.
     pub(crate) fn arrive(&mut self, clip_to: Option<Vec<IovaRange>>, refusable: bool) {
         self.lens.set_space(clip_to, refusable);
-        self.cursor = Some(Iova(0));
+        self.advance(Some(Iova(0)));
+    }
+
+    /// The host can do something else from now on; the mirror holds nothing.
+    pub(crate) fn set_reach(&mut self, reach: Reach) {
+        self.lens.set_reach(reach);
+        self.settle();
+    }
+
+    fn settle(&mut self) {
+        let reach = &self.lens.reach;
+        let calls_alone = !reach.batches && !reach.replace;
+        self.direct = self.live && self.cursor.is_none() && self.lens.plain && calls_alone;
+        self.limit = reach.entries.map_or(u64::MAX, u64::from);
+    }
+
+    /// Whether it is an ordinary one: see the field.
+    #[inline]
+    pub(crate) fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Whether steps in `range` are anything to it.
+    #[inline]
+    pub(crate) fn hears_in(&self, range: IovaRange) -> bool {
+        self.live && self.lens.interest.window.overlaps(range)
+    }
+
+    /// Whether adding `m`, which is memory of one piece, is one call that it cannot be known to refuse, or no call.
+    #[inline]
+    pub(crate) fn can_take_as_it_is(&self, m: &Mapping) -> bool {
+        if self.direct { self.has_room_for(1, 0) } else { !self.hears_in(m.range) }
     }
 
     #[inline]
@@ -95,8 +136,10 @@ impl MirrorSeat {
     }
 
     /// Everything below `cursor` is delivered; `None`: everything.
+    #[inline]
     pub(crate) fn advance(&mut self, cursor: Option<Iova>) {
         self.cursor = cursor;
+        self.settle();
     }
 
     /// A step adds `mapping`. One that lies across the cursor is delivered whole, so the cursor moves behind it.
@@ -104,7 +147,7 @@ impl MirrorSeat {
     pub(crate) fn stretch(&mut self, mapping: &Mapping) {
         if self.cursor.is_some_and(|cursor| mapping.range.start() < cursor && cursor <= mapping.range.last())
         {
-            self.cursor = mapping.range.next();
+            self.advance(mapping.range.next());
         }
     }
 
@@ -116,14 +159,9 @@ impl MirrorSeat {
 
     /// Whether it could hold `pieces` besides what it has, less `fewer` extents. Gives the extents it would add.
     pub(crate) fn check(&mut self, pieces: &[Mapping], fewer: u64) -> Result<(), (Unreachable, IovaRange)> {
-        if self.lens.plain {
+        // Never more extents than pieces.
+        if self.direct && self.has_room_for(pieces.len(), fewer) || !self.lens.sees(pieces) {
             return Ok(());
-        }
-        if !self.lens.sees(pieces) {
-            return Ok(());
-        }
-        if self.takes_as_they_are(pieces) {
-            return self.check_extents(pieces, fewer);
         }
         let mut extents = core::mem::take(&mut self.scratch);
         extents.clear();
@@ -133,26 +171,21 @@ impl MirrorSeat {
         outcome
     }
 
-    /// Whether the extents to hold of these backed pieces are the pieces themselves.
     #[inline]
-    fn takes_as_they_are(&self, pieces: &[Mapping]) -> bool {
-        self.lens.straight && self.cursor.is_none() && pieces.iter().all(|p| p.target == Target::Ram)
+    fn has_room_for(&self, more: usize, fewer: u64) -> bool {
+        self.counts.held.saturating_sub(fewer).saturating_add(more as u64) <= self.limit
     }
 
     fn check_extents(&self, extents: &[Mapping], fewer: u64) -> Result<(), (Unreachable, IovaRange)> {
         let unreachable = extents.iter().find_map(|e| Some((self.lens.reach.refuses(e)?, e.range)));
-        let wanted = self.counts.held.saturating_sub(fewer).saturating_add(extents.len() as u64);
-        let over = self.lens.reach.entries.filter(|limit| wanted > u64::from(*limit));
-        let over = over.and_then(|_| Some((Unreachable::Entries, extents.last()?.range)));
-        match unreachable.or(over) {
-            Some(why) => Err(why),
-            None => Ok(()),
-        }
+        let over = || Some((Unreachable::Entries, extents.last()?.range));
+        let over = if self.has_room_for(extents.len(), fewer) { None } else { over() };
+        unreachable.or(over).map_or(Ok(()), Err)
     }
 
     /// How many extents it holds of these backed pieces.
     pub(crate) fn count(&mut self, pieces: &[Mapping]) -> u64 {
-        if self.lens.reach.entries.is_none() || pieces.is_empty() {
+        if self.limit == u64::MAX || pieces.is_empty() {
             return 0;
         }
         let mut extents = core::mem::take(&mut self.scratch);
@@ -163,6 +196,7 @@ impl MirrorSeat {
         count
     }
 
+    #[inline]
     fn begin(&mut self) {
         if self.lens.reach.batches && !self.in_step {
             self.in_step = true;
@@ -185,6 +219,7 @@ impl MirrorSeat {
         }
     }
 
+    #[inline]
     fn note(&self, ack: Ack, done: &mut Completion) {
         if let Ack::Pending(waiting) = ack {
             done.add_ack(&self.sub, waiting);
@@ -196,19 +231,17 @@ impl MirrorSeat {
     /// # Errors
     /// Refused: what of this piece was added has been taken back, or else the failure says that it must be fenced.
     #[inline]
-    pub(crate) fn add(&mut self, piece: &Mapping, done: &mut Completion) -> Result<(), AddError> {
-        if self.lens.straight && piece.target == Target::Ram && self.cursor.is_none() {
+    pub(crate) fn add(&mut self, piece: &Mapping, done: &mut Completion) -> Added {
+        if self.lens.straight && piece.target == Target::Ram && self.is_behind(piece) {
             self.begin();
-            return self.map_one(piece, done).map_err(AddError::Refused);
-        }
-        if !self.lens.sees(core::slice::from_ref(piece)) {
-            return Ok(());
+            return self.map_one(piece, done).map_err(AddError::refused);
         }
         self.add_clipped(piece, done)
     }
 
-    fn add_clipped(&mut self, piece: &Mapping, done: &mut Completion) -> Result<(), AddError> {
-        if !self.is_behind(piece) {
+    #[inline(never)]
+    fn add_clipped(&mut self, piece: &Mapping, done: &mut Completion) -> Added {
+        if !self.lens.sees(core::slice::from_ref(piece)) || !self.is_behind(piece) {
             return Ok(());
         }
         let mut extents = core::mem::take(&mut self.scratch);
@@ -217,11 +250,12 @@ impl MirrorSeat {
         let mut outcome = Ok(());
         for (at, extent) in extents.iter().enumerate() {
             self.begin();
-            if let Err(refused) = self.map_one(extent, done) {
-                outcome = Err(AddError::Refused(refused));
+            outcome = self.map_one(extent, done).map_err(AddError::refused);
+            if outcome.is_err() {
                 for undo in extents.get(..at).unwrap_or_default() {
-                    if let Err(failure) = self.unmap_one(undo.range, undo.range.bytes(), 1, done) {
-                        outcome = Err(AddError::Fence(failure));
+                    let undone = self.unmap_one(undo.range, core::slice::from_ref(undo), done, &mut None);
+                    if let Err(failure) = undone {
+                        outcome = Err(AddError::Fence(failure).into());
                     }
                 }
                 break;
@@ -231,8 +265,9 @@ impl MirrorSeat {
         outcome
     }
 
+    /// Maps one extent.
     #[inline]
-    fn map_one(&mut self, extent: &Mapping, done: &mut Completion) -> Result<(), Refused> {
+    pub(crate) fn map_one(&mut self, extent: &Mapping, done: &mut Completion) -> Result<(), Box<Refused>> {
         match self.mirror.map(extent) {
             Ok(ack) => {
                 self.counts.map += 1;
@@ -240,11 +275,14 @@ impl MirrorSeat {
                 self.note(ack, done);
                 Ok(())
             }
-            Err(refused) => {
-                self.counts.refused += 1;
-                Err(refused)
-            }
+            Err(refused) => Err(self.not_mapped(refused)),
         }
+    }
+
+    #[cold]
+    fn not_mapped(&mut self, refused: Refused) -> Box<Refused> {
+        self.counts.refused += 1;
+        refused.into()
     }
 
     /// What [`replace`](Self::replace) would give it of two backed pieces, if it is one extent for one over the same
@@ -260,11 +298,7 @@ impl MirrorSeat {
     }
 
     /// Exchanges one extent for another over the same range.
-    pub(crate) fn replace(
-        &mut self,
-        (old, new): (&Mapping, &Mapping),
-        done: &mut Completion,
-    ) -> Result<(), Refused> {
+    pub(crate) fn replace(&mut self, (old, new): (&Mapping, &Mapping), done: &mut Completion) -> Added {
         self.begin();
         match self.mirror.replace(old, new) {
             Ok(ack) => {
@@ -274,24 +308,28 @@ impl MirrorSeat {
             }
             Err(refused) => {
                 self.counts.refused += 1;
-                Err(refused)
+                Err(if refused.kind == RefusalKind::Lost {
+                    AddError::Fence(format!("{} is lost: {refused}", old.range).into()).into()
+                } else {
+                    AddError::refused(refused.into())
+                })
             }
         }
     }
 
     /// Takes away what it holds of these backed pieces. Where it unmaps wide, nothing else may be mapped between them.
-    #[inline]
     pub(crate) fn remove(
         &mut self,
         pieces: &[Mapping],
         done: &mut Completion,
         dirty: &mut Option<DirtyLog>,
     ) -> Result<(), Failure> {
-        if self.takes_as_they_are(pieces) {
-            return self.remove_extents(pieces, done, dirty);
-        }
         if !self.lens.sees(pieces) {
             return Ok(());
+        }
+        let as_they_are = self.lens.straight && self.cursor.is_none();
+        if as_they_are && pieces.iter().all(|p| p.target == Target::Ram) {
+            return self.remove_extents(pieces, done, dirty);
         }
         let mut extents = core::mem::take(&mut self.scratch);
         extents.clear();
@@ -312,47 +350,55 @@ impl MirrorSeat {
         let (Some(first), Some(last)) = (extents.first(), extents.last()) else { return Ok(()) };
         self.begin();
         if self.lens.reach.wide_unmap {
-            let bytes = extents.iter().map(|e| e.range.bytes()).sum();
-            let bitmap = self.unmap_one(first.range.hull(last.range), bytes, extents.len() as u64, done)?;
-            self.counts.dirty += note_dirty(dirty, extents, bitmap.as_ref());
-            return Ok(());
+            return self.unmap_one(first.range.hull(last.range), extents, done, dirty);
         }
-        for extent in extents {
-            let bitmap = self.unmap_one(extent.range, extent.range.bytes(), 1, done)?;
-            let one = core::slice::from_ref(extent);
-            self.counts.dirty += note_dirty(dirty, one, bitmap.as_ref());
-        }
-        Ok(())
+        let mut one_by_one = extents.iter().map(core::slice::from_ref);
+        one_by_one.try_for_each(|one| self.unmap_one(one[0].range, one, done, dirty))
     }
 
-    fn unmap_one(
+    /// Unmaps `range`, in which it holds exactly `extents`.
+    #[inline]
+    pub(crate) fn unmap_one(
         &mut self,
         range: IovaRange,
-        expected: u128,
-        extents: u64,
+        extents: &[Mapping],
         done: &mut Completion,
-    ) -> Result<Option<DirtyBitmap>, Failure> {
+        log: &mut Option<DirtyLog>,
+    ) -> Result<(), Failure> {
         self.counts.unmap += 1;
-        match self.mirror.unmap(range) {
+        // Looked at where it is: moving it costs more than the call.
+        let mut outcome = self.mirror.unmap(range);
+        match &mut outcome {
             Ok(Unmapped { bytes, dirty, ack }) => {
-                self.note(ack, done);
-                self.counts.held = self.counts.held.saturating_sub(extents);
-                if bytes != expected {
-                    return Err(format!("unmap of {range} removed {bytes} bytes where {expected} were held"));
+                let bytes = *bytes;
+                if let Ack::Pending(_) = ack {
+                    self.note(core::mem::replace(ack, Ack::Done), done);
                 }
-                Ok(dirty)
+                self.counts.held = self.counts.held.saturating_sub(extents.len() as u64);
+                let expected = extents.iter().map(|e| e.range.bytes()).sum();
+                if bytes != expected {
+                    return Err(removed_otherwise(range, bytes, expected));
+                }
+                if log.is_some() {
+                    self.counts.dirty += note_dirty(log, extents, dirty.as_ref());
+                }
+                Ok(())
             }
-            Err(refused) => {
-                self.counts.refused += 1;
-                Err(format!("unmap of {range} failed: {refused}"))
-            }
+            Err(refused) => Err(self.not_removed(range, refused)),
         }
+    }
+
+    #[cold]
+    fn not_removed(&mut self, range: IovaRange, refused: &Refused) -> Failure {
+        self.counts.refused += 1;
+        format!("unmap of {range} failed: {refused}").into()
     }
 
     /// Cuts the device off.
     pub(crate) fn fence(&mut self) -> Result<(), FenceFailed> {
         self.live = false;
         self.in_step = false;
+        self.settle();
         self.sub.set_fenced();
         let _callback = CallbackScope::enter();
         self.mirror.fence()
@@ -379,11 +425,22 @@ impl MirrorSeat {
     }
 }
 
+#[cold]
+fn removed_otherwise(range: IovaRange, bytes: u128, expected: u128) -> Failure {
+    format!("unmap of {range} removed {bytes} bytes where {expected} were held").into()
+}
+
+impl AddError {
+    fn refused(refused: Box<Refused>) -> Box<Self> {
+        Self::Refused(refused).into()
+    }
+}
+
 /// Why an addition did not happen.
 #[derive(Debug)]
 pub(crate) enum AddError {
     /// The mirror refused it; nothing of it is left.
-    Refused(Refused),
+    Refused(Box<Refused>),
     /// The mirror refused it and could not take back a part: it must be fenced.
     Fence(Failure),
 }

@@ -6,8 +6,8 @@ pub(crate) mod mirror;
 
 use std::sync::Weak;
 
-use crate::addr::GpaRange;
-use crate::backing::{Backing, Medium};
+use crate::addr::{GpaRange, IovaRange};
+use crate::backing::{Medium, Memory};
 use crate::change::Change;
 use crate::endpoint::{EndpointId, EndpointShared, Sight};
 use crate::error::Incident;
@@ -154,12 +154,33 @@ pub(crate) struct Seats {
     pub(crate) mirrors: Vec<MirrorSeat>,
     pub(crate) caches: Vec<Arc<CacheSeat>>,
     pub(crate) observers: Vec<ObserverSeat>,
+    /// Where any of them may hear of a step.
+    heard: Option<IovaRange>,
 }
 
 impl Seats {
+    /// With nobody else.
+    pub(crate) fn new(
+        mirrors: Vec<MirrorSeat>,
+        caches: Vec<Arc<CacheSeat>>,
+        observers: Vec<ObserverSeat>,
+    ) -> Self {
+        let mut seats = Self { mirrors, caches, observers, heard: None };
+        seats.settle();
+        seats
+    }
+
+    fn settle(&mut self) {
+        let mirrors = self.mirrors.iter().map(|s| s.lens.interest.window);
+        let caches = self.caches.iter().filter(|s| s.hears_steps()).map(|s| s.interest.window);
+        let observers = self.observers.iter().map(|s| s.interest.window);
+        self.heard = mirrors.chain(caches).chain(observers).reduce(IovaRange::hull);
+    }
+
+    /// Whether anybody may hear of a step in `range`.
     #[inline]
-    pub(crate) fn is_empty(&self) -> bool {
-        self.mirrors.is_empty() && self.caches.is_empty() && self.observers.is_empty()
+    pub(crate) fn any_in(&self, range: IovaRange) -> bool {
+        self.heard.is_some_and(|heard| heard.overlaps(range))
     }
 
     /// The kinds that all of them together want.
@@ -180,39 +201,45 @@ impl Seats {
 
     /// Takes out those that follow `endpoint`.
     pub(crate) fn take_of(&mut self, endpoint: EndpointId) -> Self {
-        let mine = |sub: &Arc<Sub>| sub.endpoint() == Some(endpoint);
-        Self {
-            mirrors: self.mirrors.extract_if(.., |s| mine(&s.sub)).collect(),
-            caches: self.caches.extract_if(.., |s| mine(&s.sub)).collect(),
-            observers: self.observers.extract_if(.., |s| mine(&s.sub)).collect(),
-        }
+        self.take_if(|sub| sub.endpoint() == Some(endpoint))
     }
 
     /// Takes out one subscription.
     pub(crate) fn take(&mut self, id: u64) -> Self {
-        let this = |sub: &Arc<Sub>| sub.id() == id;
-        Self {
-            mirrors: self.mirrors.extract_if(.., |s| this(&s.sub)).collect(),
-            caches: self.caches.extract_if(.., |s| this(&s.sub)).collect(),
-            observers: self.observers.extract_if(.., |s| this(&s.sub)).collect(),
-        }
+        self.take_if(|sub| sub.id() == id)
+    }
+
+    fn take_if(&mut self, which: impl Fn(&Sub) -> bool) -> Self {
+        let mirrors = self.mirrors.extract_if(.., |s| which(&s.sub)).collect();
+        let caches = self.caches.extract_if(.., |s| which(&s.sub)).collect();
+        let observers = self.observers.extract_if(.., |s| which(&s.sub)).collect();
+        self.settle();
+        Self::new(mirrors, caches, observers)
     }
 
     pub(crate) fn append(&mut self, mut other: Self) {
         self.mirrors.append(&mut other.mirrors);
         self.caches.append(&mut other.caches);
         self.observers.append(&mut other.observers);
+        self.settle();
     }
 }
 
 /// The parts of `mapping` that have backing, with the access that the backing allows: what a mirror may be given.
 #[inline]
-pub(crate) fn backed(backing: &Backing, mapping: &Mapping, f: &mut impl FnMut(&Mapping)) {
+pub(crate) fn backed(memory: &Memory, mapping: &Mapping, f: &mut impl FnMut(&Mapping)) {
     if mapping.access.is_empty() {
         return;
     }
+    if memory.is_ram_behind(mapping) {
+        return f(mapping);
+    }
+    backed_in_parts(memory, mapping, f);
+}
+
+fn backed_in_parts(memory: &Memory, mapping: &Mapping, f: &mut dyn FnMut(&Mapping)) {
     let Some(target) = GpaRange::new(mapping.gpa, mapping.gpa_last()) else { return };
-    for extent in backing.over(target) {
+    for extent in memory.over(target) {
         let Some(part) = extent.range.intersect(target) else { continue };
         let whole = part == target;
         let mut piece = if whole { Some(*mapping) } else { part_of(mapping, part) };
@@ -232,5 +259,5 @@ pub(crate) fn backed(backing: &Backing, mapping: &Mapping, f: &mut impl FnMut(&M
 fn part_of(mapping: &Mapping, part: GpaRange) -> Option<Mapping> {
     let start = mapping.range.start().checked_add(part.start().0.checked_sub(mapping.gpa.0)?)?;
     let last = mapping.range.start().checked_add(part.last().0.checked_sub(mapping.gpa.0)?)?;
-    mapping.clip(crate::addr::IovaRange::new(start, last)?)
+    mapping.clip(IovaRange::new(start, last)?)
 }

@@ -30,7 +30,7 @@ pub(crate) struct Plan<'a> {
 impl DomainInner {
     /// Bumps the version around `publish`, so that a reader of several mappings sees that they changed.
     #[inline]
-    fn publish<R>(&self, publish: impl FnOnce() -> R) -> R {
+    pub(crate) fn publish<R>(&self, publish: impl FnOnce() -> R) -> R {
         let version = self.version.load(Ordering::Relaxed);
         self.version.store(version.wrapping_add(1), Ordering::Relaxed);
         fence(Ordering::Release);
@@ -97,7 +97,7 @@ impl DomainInner {
         outcome.map_err(|_| state.cut(range))
     }
 
-    fn claim(&self, state: &DomainState, count: u64) -> Result<(), StepErrorKind> {
+    pub(crate) fn claim(&self, state: &DomainState, count: u64) -> Result<(), StepErrorKind> {
         if state.limit.is_some_and(|limit| (state.writer.len() as u64).saturating_add(count) > limit) {
             return Err(StepErrorKind::Cap(Cap::DomainMappings));
         }
@@ -179,7 +179,7 @@ impl DomainInner {
         };
         reserved.map_err(|_| StepErrorKind::Cap(Cap::TableBytes))?;
         // Last: it fences where it cannot refuse.
-        if state.seats.mirrors.iter().any(|seat| !seat.lens.plain) {
+        if !state.seats.mirrors.is_empty() {
             let outcome = self.check_reach(state, plan, done);
             if outcome.is_err() {
                 state.writer.give_up();
@@ -198,11 +198,11 @@ impl DomainInner {
         done: &mut Completion,
     ) -> Result<(), StepErrorKind> {
         let refusable = state.refusable && plan.added != plan.fallback;
-        let DomainState { seats, backing, pieces, .. } = state;
+        let DomainState { seats, memory, pieces, .. } = state;
         let mut removed = Vec::new();
-        plan.removed.iter().for_each(|m| backed(backing, m, &mut |piece| removed.push(*piece)));
+        plan.removed.iter().for_each(|m| backed(memory, m, &mut |piece| removed.push(*piece)));
         pieces.clear();
-        plan.added.iter().for_each(|m| backed(backing, m, &mut |piece| pieces.push(*piece)));
+        plan.added.iter().for_each(|m| backed(memory, m, &mut |piece| pieces.push(*piece)));
         for seat in seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
             let fewer = seat.count(&removed);
             if let Err((why, range)) = seat.check(pieces, fewer) {
@@ -219,28 +219,23 @@ impl DomainInner {
     }
 
     /// Caches and mirrors lose what has been removed. They cannot refuse: who fails is fenced.
-    fn deliver_removals(&self, state: &mut DomainState, plan: &Plan<'_>, done: &mut Completion) {
-        let DomainState { seats, backing, pieces, dirty, .. } = state;
-        if seats.is_empty() {
-            return;
-        }
-        let _callback = CallbackScope::enter();
-        for span in plan.spans {
-            seats.caches.iter().for_each(|cache| cache.invalidate(*span, done));
-        }
+    pub(crate) fn deliver_removals(&self, state: &mut DomainState, plan: &Plan<'_>, done: &mut Completion) {
+        self.tell_caches(state, plan.spans, done);
+        let DomainState { seats, memory, pieces, dirty, .. } = state;
         if seats.mirrors.is_empty() {
             return;
         }
+        let _callback = CallbackScope::enter();
         let mut rest = plan.removed;
         for span in plan.spans {
             let inside = rest.partition_point(|m| m.range.last() <= span.last());
             let (here, later) = rest.split_at(inside);
             rest = later;
             pieces.clear();
-            here.iter().for_each(|m| backed(backing, m, &mut |piece| pieces.push(*piece)));
+            here.iter().for_each(|m| backed(memory, m, &mut |piece| pieces.push(*piece)));
             for seat in seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
                 let outcome = if seat.lens.reach.replace && !plan.added.is_empty() {
-                    exchange::remove_unpaired(seat, backing, plan, here, done, dirty)
+                    exchange::remove_unpaired(seat, memory, plan, here, done, dirty)
                 } else {
                     seat.remove(pieces, done, dirty)
                 };
@@ -268,15 +263,13 @@ impl DomainInner {
         let refusable = state.refusable && plan.added != plan.fallback;
         let mut pieces = core::mem::take(&mut state.pieces);
         pieces.clear();
-        plan.added.iter().for_each(|m| backed(&state.backing, m, &mut |piece| pieces.push(*piece)));
+        plan.added.iter().for_each(|m| backed(&state.memory, m, &mut |piece| pieces.push(*piece)));
         let mut refusal = None;
         for (at, seat) in state.seats.mirrors.iter_mut().enumerate().filter(|(_, seat)| seat.is_live()) {
-            if !seat.is_complete() {
-                plan.added.iter().for_each(|m| seat.stretch(m));
-            }
+            plan.added.iter().for_each(|m| seat.stretch(m));
             let mut nth = 0;
             let outcome = if seat.lens.reach.replace && !plan.removed.is_empty() {
-                exchange::add_all(seat, &state.backing, plan, done, &mut state.dirty)
+                exchange::add_all(seat, &state.memory, plan, done, &mut state.dirty)
             } else {
                 pieces.iter().try_for_each(|piece| {
                     seat.add(piece, done)?;
@@ -284,11 +277,11 @@ impl DomainInner {
                     Ok(())
                 })
             };
-            match outcome {
-                Ok(()) => {}
-                Err(AddError::Fence(failure)) => self.fence_seat(seat, &failure, done),
-                Err(AddError::Refused(refused)) => {
-                    let kind = StepErrorKind::Refused { subscription: seat.sub.id(), refused };
+            let Err(error) = outcome else { continue };
+            match *error {
+                AddError::Fence(failure) => self.fence_seat(seat, &failure, done),
+                AddError::Refused(refused) => {
+                    let kind = StepErrorKind::Refused { subscription: seat.sub.id(), refused: *refused };
                     if refusable {
                         refusal = Some((at, nth, kind));
                         break;
@@ -312,7 +305,7 @@ impl DomainInner {
     }
 
     /// Takes back what mirrors before `at` got of `pieces`, and the first `nth` of the mirror at `at`.
-    fn undo(
+    pub(crate) fn undo(
         &self,
         state: &mut DomainState,
         plan: &Plan<'_>,
@@ -322,7 +315,7 @@ impl DomainInner {
     ) {
         for (k, seat) in state.seats.mirrors.iter_mut().enumerate().take(at.saturating_add(1)) {
             if seat.lens.reach.replace && !plan.removed.is_empty() {
-                if let Err(failure) = exchange::undo(seat, &state.backing, done, &mut state.dirty) {
+                if let Err(failure) = exchange::undo(seat, &state.memory, done, &mut state.dirty) {
                     self.fence_seat(seat, &failure, done);
                 }
                 continue;
@@ -342,10 +335,10 @@ impl DomainInner {
 
     /// Gives all mirrors what goes back into the record. Who refuses what it held before is fenced.
     fn fall_back(&self, state: &mut DomainState, plan: &Plan<'_>, done: &mut Completion) {
-        let backing = state.backing.clone();
+        let memory = state.memory.clone();
         for seat in state.seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
             // Kept for an exchange that does not come, and gone for the guest.
-            if let Err(failure) = exchange::drop_kept(seat, &backing, plan, done, &mut state.dirty) {
+            if let Err(failure) = exchange::drop_kept(seat, &memory, plan, done, &mut state.dirty) {
                 self.fence_seat(seat, &failure, done);
             }
         }
@@ -353,7 +346,7 @@ impl DomainInner {
             for seat in state.seats.mirrors.iter_mut().filter(|seat| !seat.still_holds(m)) {
                 seat.stretch(m);
                 let mut failure = None;
-                backed(&backing, m, &mut |piece| {
+                backed(&memory, m, &mut |piece| {
                     if seat.is_live() && failure.is_none() {
                         failure = seat.add(piece, done).err();
                     }
@@ -373,10 +366,13 @@ impl DomainInner {
     }
 
     #[inline]
-    fn tell_observers(&self, state: &mut DomainState, removed: &[Mapping], added: &[Mapping]) {
-        if state.seats.observers.is_empty() {
-            return;
+    pub(crate) fn tell_observers(&self, state: &mut DomainState, removed: &[Mapping], added: &[Mapping]) {
+        if !state.seats.observers.is_empty() {
+            self.tell_changes(state, removed, added);
         }
+    }
+
+    fn tell_changes(&self, state: &mut DomainState, removed: &[Mapping], added: &[Mapping]) {
         let _callback = CallbackScope::enter();
         for change in Changes::new(removed, added) {
             for seat in &mut state.seats.observers {

@@ -1,16 +1,16 @@
 //! Mirrors that replace in place: one call for an old mapping and its successor over the same range.
 
-use crate::backing::Backing;
+use crate::backing::Memory;
 use crate::deliver::backed;
-use crate::deliver::mirror::{AddError, Failure, MirrorSeat};
+use crate::deliver::mirror::{AddError, Added, Failure, MirrorSeat};
 use crate::domain::apply::Plan;
 use crate::domain::dirty::{DirtyLog, note_dirty};
 use crate::mapping::Mapping;
 use crate::quiesce::completion::Completion;
 
-fn pieces_of(backing: &Backing, mapping: &Mapping) -> Vec<Mapping> {
+fn pieces_of(memory: &Memory, mapping: &Mapping) -> Vec<Mapping> {
     let mut pieces = Vec::new();
-    backed(backing, mapping, &mut |piece| pieces.push(*piece));
+    backed(memory, mapping, &mut |piece| pieces.push(*piece));
     pieces
 }
 
@@ -20,8 +20,8 @@ fn over<'a>(list: &'a [Mapping], mapping: &Mapping) -> Option<&'a Mapping> {
 }
 
 /// What is exchanged at this mirror when `new` follows `old`: one extent for one, over the same range.
-fn pair(seat: &MirrorSeat, backing: &Backing, old: &Mapping, new: &Mapping) -> Option<(Mapping, Mapping)> {
-    match (pieces_of(backing, old).as_slice(), pieces_of(backing, new).as_slice()) {
+fn pair(seat: &MirrorSeat, memory: &Memory, old: &Mapping, new: &Mapping) -> Option<(Mapping, Mapping)> {
+    match (pieces_of(memory, old).as_slice(), pieces_of(memory, new).as_slice()) {
         ([old], [new]) => seat.exchange(old, new),
         _ => None,
     }
@@ -30,7 +30,7 @@ fn pair(seat: &MirrorSeat, backing: &Backing, old: &Mapping, new: &Mapping) -> O
 /// Takes away those of `removed` that have no successor over the same range; the others stay for [`add_all`].
 pub(crate) fn remove_unpaired(
     seat: &mut MirrorSeat,
-    backing: &Backing,
+    memory: &Memory,
     plan: &Plan<'_>,
     removed: &[Mapping],
     done: &mut Completion,
@@ -38,10 +38,10 @@ pub(crate) fn remove_unpaired(
 ) -> Result<(), Failure> {
     for old in removed {
         let new = over(plan.added, old).filter(|_| seat.is_complete());
-        if new.is_some_and(|new| pair(seat, backing, old, new).is_some()) {
+        if new.is_some_and(|new| pair(seat, memory, old, new).is_some()) {
             seat.swap.kept.push(*old);
         } else {
-            seat.remove(&pieces_of(backing, old), done, dirty)?;
+            seat.remove(&pieces_of(memory, old), done, dirty)?;
         }
     }
     Ok(())
@@ -50,21 +50,21 @@ pub(crate) fn remove_unpaired(
 /// Adds what the plan adds, in place where the old mapping was kept.
 pub(crate) fn add_all(
     seat: &mut MirrorSeat,
-    backing: &Backing,
+    memory: &Memory,
     plan: &Plan<'_>,
     done: &mut Completion,
     dirty: &mut Option<DirtyLog>,
-) -> Result<(), AddError> {
+) -> Added {
     for new in plan.added {
         let kept = seat.swap.kept.iter().find(|old| old.range == new.range).copied();
-        if let Some((old, new)) = kept.and_then(|old| pair(seat, backing, &old, new)) {
-            seat.replace((&old, &new), done).map_err(AddError::Refused)?;
+        if let Some((old, new)) = kept.and_then(|old| pair(seat, memory, &old, new)) {
+            seat.replace((&old, &new), done)?;
             // Nobody says what was written through the old one.
             note_dirty(dirty, &[old], None);
             seat.swap.exchanged.push((old, new));
             continue;
         }
-        let pieces = pieces_of(backing, new);
+        let pieces = pieces_of(memory, new);
         for (at, piece) in pieces.iter().enumerate() {
             if let Err(error) = seat.add(piece, done) {
                 for undo in pieces.get(..at).unwrap_or_default() {
@@ -81,14 +81,14 @@ pub(crate) fn add_all(
 /// Takes away what was kept for an exchange and is not to come back.
 pub(crate) fn drop_kept(
     seat: &mut MirrorSeat,
-    backing: &Backing,
+    memory: &Memory,
     plan: &Plan<'_>,
     done: &mut Completion,
     dirty: &mut Option<DirtyLog>,
 ) -> Result<(), Failure> {
     let mut kept = core::mem::take(&mut seat.swap.kept);
     for old in kept.extract_if(.., |old| over(plan.fallback, old) != Some(old)) {
-        seat.remove(&pieces_of(backing, &old), done, dirty)?;
+        seat.remove(&pieces_of(memory, &old), done, dirty)?;
     }
     seat.swap.kept = kept;
     Ok(())
@@ -97,7 +97,7 @@ pub(crate) fn drop_kept(
 /// Takes back what [`add_all`] did: afterwards the mirror holds every old mapping that was kept.
 pub(crate) fn undo(
     seat: &mut MirrorSeat,
-    backing: &Backing,
+    memory: &Memory,
     done: &mut Completion,
     dirty: &mut Option<DirtyLog>,
 ) -> Result<(), Failure> {
@@ -105,13 +105,13 @@ pub(crate) fn undo(
         return Ok(());
     }
     for new in core::mem::take(&mut seat.swap.added) {
-        for piece in pieces_of(backing, &new) {
+        for piece in pieces_of(memory, &new) {
             seat.remove(&[piece], done, dirty)?;
         }
     }
     for (old, new) in core::mem::take(&mut seat.swap.exchanged) {
         let back = seat.replace((&new, &old), done);
-        back.map_err(|refused| format!("could not put {} back: {refused}", old.range))?;
+        back.map_err(|error| format!("could not put {} back: {error:?}", old.range).into_boxed_str())?;
         note_dirty(dirty, &[new], None);
     }
     Ok(())

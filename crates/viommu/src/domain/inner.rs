@@ -1,7 +1,7 @@
 //! One address space: its record, its readers, and those who listen to it.
 
 use crate::addr::IovaRange;
-use crate::backing::Backing;
+use crate::backing::Memory;
 use crate::deliver::Seats;
 use crate::domain::dirty::DirtyLog;
 use crate::endpoint::{EndpointId, Region};
@@ -76,7 +76,7 @@ impl<T> core::ops::Deref for Line<T> {
 pub(crate) struct DomainState {
     pub(crate) writer: Writer,
     pub(crate) seats: Seats,
-    pub(crate) backing: Arc<Backing>,
+    pub(crate) memory: Memory,
     /// Regions of the endpoints that are here: no mapping may cover them.
     pub(crate) regions: Vec<(EndpointId, Region)>,
     /// The kinds that the model has been told are wanted here.

@@ -5,13 +5,13 @@ pub(crate) mod dirty;
 mod exchange;
 pub(crate) mod inner;
 pub(crate) mod plan;
+mod single;
 pub(crate) mod sync;
 
 use core::fmt;
 use core::ops::ControlFlow;
 
 use crate::addr::{GpaRange, Iova, IovaRange};
-use crate::domain::apply::Plan;
 use crate::domain::dirty::{DirtyLog, GpaSet, mark};
 use crate::domain::inner::{DomainInner, DomainState};
 use crate::domain::plan::{Draft, Op};
@@ -21,6 +21,7 @@ use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::{BurstScope, CallbackScope, StepScope};
 use crate::subscribe::{DirtyBitmap, Space};
 use crate::sync::{Arc, MutexGuard, lock};
+use crate::table::PAGE;
 
 pub use inner::Tables;
 pub use sync::{Progress, Walk};
@@ -333,14 +334,10 @@ impl DomainInner {
         done: &mut Completion,
     ) -> Result<(), StepErrorKind> {
         self.check_mapping(state, new)?;
-        if state.seats.is_empty() {
+        if !state.seats.any_in(new.range) {
             return self.insert_alone(state, new);
         }
-        if state.writer.is_taken_in(new.range) {
-            return Err(state.overlap(new));
-        }
-        let plan = Plan { added: core::slice::from_ref(new), ..Plan::default() };
-        self.apply(state, &plan, true, done)
+        self.add_one(state, new, done)
     }
 
     #[inline]
@@ -357,12 +354,15 @@ impl DomainInner {
             self.run(state, &[Op::Unmap(range)], lazy, done)?;
             return Ok(before.saturating_sub(state.writer.len()).max(1));
         }
-        if state.seats.is_empty() {
+        if !state.seats.any_in(range) {
             let count = self.remove_alone(state, range)?;
             if count != 0 {
                 self.note_removal(&[range], lazy, done);
             }
             return Ok(count);
+        }
+        if range.bytes() == PAGE.into() {
+            return self.remove_one(state, range, lazy, done);
         }
         self.remove_all(state, range, lazy, done)
     }
@@ -386,10 +386,12 @@ impl DomainInner {
         self.apply(state, &planned.plan(), lazy, done)
     }
 
+    /// Tells the caches that asked for removals.
     pub(crate) fn tell_caches(&self, state: &DomainState, ranges: &[IovaRange], done: &mut Completion) {
         let _callback = CallbackScope::enter();
         for range in ranges {
-            state.seats.caches.iter().for_each(|cache| cache.invalidate(*range, done));
+            let caches = state.seats.caches.iter().filter(|cache| cache.hears_steps());
+            caches.for_each(|cache| cache.invalidate(*range, done));
         }
     }
 }

@@ -186,14 +186,16 @@ impl Unit {
             Err((seats, error)) => {
                 let kind = AttachErrorKind::Refused(refused_of(error));
                 let back = match &source {
-                    Some(source) => join(source, seats, Some(id), &regions, done).map_err(|(seats, _)| seats),
+                    Some(source) => {
+                        join(source, *seats, Some(id), &regions, done).map_err(|(seats, _)| seats)
+                    }
                     None => Err(seats),
                 };
                 match back {
                     Ok(()) => shared.publish(|sight| sight.moved_to(source.clone())),
                     Err(seats) => {
                         shared.publish(|sight| sight.moved_to(None));
-                        put_seats(control, None, id, seats);
+                        put_seats(control, None, id, *seats);
                         return Err((kind, source.is_none()));
                     }
                 }
@@ -282,7 +284,7 @@ impl Unit {
                     fits(target, &seat.lens, &[]).map_err(|(why, range)| {
                         Refused::new(RefusalKind::Range, format!("{range}: {why}"))
                     })?;
-                    let seats = Seats { mirrors: vec![seat], ..Seats::default() };
+                    let seats = Seats::new(vec![seat], Vec::new(), Vec::new());
                     join(target, seats, None, &Arc::from([]), done)
                         .map_err(|(_, error)| refused_of(error))?;
                     sub

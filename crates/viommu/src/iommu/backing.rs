@@ -3,7 +3,7 @@
 use core::ops::ControlFlow;
 
 use crate::addr::{GpaRange, Iova, IovaRange};
-use crate::backing::{Backing, Extent, Medium};
+use crate::backing::{Backing, Extent, Medium, Memory};
 use crate::deliver::backed;
 use crate::domain::inner::DomainInner;
 use crate::domain::plan::Op;
@@ -41,9 +41,9 @@ impl Iommu {
         let mapping = identity_of(extent);
         {
             let mut state = lock(&identity.state);
-            let before = core::mem::replace(&mut state.backing, backing.clone());
+            let before = core::mem::replace(&mut state.memory, Memory::new(backing.clone()));
             if let Err(kind) = identity.run(&mut state, &[Op::Map(mapping)], false, &mut done) {
-                state.backing = before;
+                state.memory = before;
                 return Err(StepError { kind, completion: done });
             }
         }
@@ -77,7 +77,7 @@ impl Iommu {
         let identity = control.identity.clone();
         let mut state = lock(&identity.state);
         let gone = identity.run(&mut state, &[Op::Unmap(identity_of(extent).range)], false, &mut done);
-        state.backing = backing;
+        state.memory = Memory::new(backing);
         drop(state);
         // Whatever was mapped to it may be in use by anybody, also where it has been unmapped since.
         control.retired.retain(|readers| !readers.is_unused(&[IovaRange::ALL]));
@@ -119,7 +119,7 @@ fn publish(control: &mut Control, backing: &Arc<Backing>) {
 fn change_backing(domain: &DomainInner, backing: &Arc<Backing>, gpas: GpaRange, done: &mut Completion) {
     let mut state = lock(&domain.state);
     let state = &mut *state;
-    let before = core::mem::replace(&mut state.backing, backing.clone());
+    let before = core::mem::replace(&mut state.memory, Memory::new(backing.clone()));
     let mut touched = Vec::new();
     state.writer.for_each(IovaRange::ALL, &mut |m| {
         let targets = GpaRange::new(m.gpa, m.gpa_last()).is_some_and(|t| t.overlaps(gpas));
@@ -137,7 +137,7 @@ fn change_backing(domain: &DomainInner, backing: &Arc<Backing>, gpas: GpaRange, 
         state.seats.caches.iter().for_each(|cache| cache.invalidate(m.range, done));
         let (mut old, mut new) = (Vec::new(), Vec::new());
         backed(&before, &m, &mut |piece| old.push(*piece));
-        backed(backing, &m, &mut |piece| new.push(*piece));
+        backed(&state.memory, &m, &mut |piece| new.push(*piece));
         let gone: Vec<_> = old.iter().filter(|p| !new.contains(p)).copied().collect();
         let came: Vec<_> = new.iter().filter(|p| !old.contains(p)).copied().collect();
         for seat in state.seats.mirrors.iter_mut().filter(|seat| seat.is_live()) {
@@ -146,9 +146,10 @@ fn change_backing(domain: &DomainInner, backing: &Arc<Backing>, gpas: GpaRange, 
                 .iter()
                 .try_for_each(|piece| seat.remove(core::slice::from_ref(piece), done, &mut state.dirty))
                 .and_then(|()| {
-                    seat.check(&came, 0).map_err(|(why, range)| format!("backing of {range}: {why}"))?;
+                    seat.check(&came, 0)
+                        .map_err(|(why, range)| format!("backing of {range}: {why}").into_boxed_str())?;
                     let added = came.iter().try_for_each(|piece| seat.add(piece, done));
-                    added.map_err(|error| format!("backing of {}: {error:?}", m.range))
+                    added.map_err(|error| format!("backing of {}: {error:?}", m.range).into_boxed_str())
                 });
             if let Err(why) = outcome {
                 domain.fence_seat(seat, &why, done);

@@ -235,8 +235,11 @@ impl Unit {
         state.may_cut = true;
         let gone = domain.run(&mut state, &[Op::Unmap(IovaRange::ALL)], false, &mut done);
         debug_assert!(gone.is_ok(), "a removal cannot be refused");
-        // Where the guest's tables counted, the record need not know what caches hold.
-        domain.tell_caches(&state, &[IovaRange::ALL], &mut done);
+        {
+            // Where the guest's tables counted, the record need not know what caches hold; device TLBs have heard nothing.
+            let _callback = CallbackScope::enter();
+            state.seats.caches.iter().for_each(|cache| cache.invalidate(IovaRange::ALL, &mut done));
+        }
         done.add_removal(&domain.readers, None, &[IovaRange::ALL]);
         state.dead = true;
         let mut seats = core::mem::take(&mut state.seats);

@@ -3,8 +3,9 @@
 use core::ops::ControlFlow;
 
 use crate::addr::{Iova, IovaRange};
+use crate::backing::Memory;
 use crate::deliver::lens::Lens;
-use crate::deliver::mirror::{AddError, MirrorSeat};
+use crate::deliver::mirror::{AddError, Added, MirrorSeat};
 use crate::deliver::{Seats, backed};
 use crate::domain::inner::{DomainInner, DomainState};
 use crate::endpoint::{EndpointId, Region};
@@ -39,7 +40,12 @@ pub(crate) fn fits(
     let mut lens = lens.clone();
     lens.set_space(clip_to(domain, &lens, regions), domain.is_refusable());
     if lens.plain {
-        return Ok(());
+        // Even if each mapping lay across everything there is.
+        let state = lock(&domain.state);
+        let most = (state.writer.len() as u64).saturating_mul(state.memory.extents().len() as u64);
+        if lens.reach.entries.is_none_or(|limit| most <= u64::from(limit)) {
+            return Ok(());
+        }
     }
     let mut extents = Vec::new();
     let mut held = 0_u64;
@@ -47,7 +53,7 @@ pub(crate) fn fits(
     while let Some(range) = at.and_then(|at| IovaRange::new(at, Iova(u64::MAX))) {
         at = None;
         let state = lock(&domain.state);
-        let backing = state.backing.clone();
+        let memory = state.memory.clone();
         let mut count = 0_usize;
         state.writer.for_each(range, &mut |m| {
             if count == SLICE {
@@ -55,7 +61,7 @@ pub(crate) fn fits(
                 return ControlFlow::Break(());
             }
             count += 1;
-            backed(&backing, &m, &mut |piece| lens.extents(piece, &mut extents));
+            backed(&memory, &m, &mut |piece| lens.extents(piece, &mut extents));
             ControlFlow::Continue(())
         });
         drop(state);
@@ -80,7 +86,7 @@ pub(crate) fn join(
     endpoint: Option<EndpointId>,
     regions: &Arc<[Region]>,
     done: &mut Completion,
-) -> Result<(), (Seats, ReplayError)> {
+) -> Result<(), (Box<Seats>, ReplayError)> {
     let mirrors: Vec<u64> = seats.mirrors.iter().map(|seat| seat.sub.id()).collect();
     let everyone: Vec<u64> = (seats.mirrors.iter().map(|s| s.sub.id()))
         .chain(seats.caches.iter().map(|s| s.sub.id()))
@@ -98,7 +104,7 @@ pub(crate) fn join(
         let met = if domain.is_identity() { None } else { regions.iter().find_map(meets) };
         if let Some(m) = met.filter(|_| endpoint.is_some()) {
             let why = format!("the mapping at {} meets a region", m.range);
-            return Err((seats, ReplayError::Refused(Refused::new(RefusalKind::Range, why))));
+            return Err((seats.into(), ReplayError::Refused(Refused::new(RefusalKind::Range, why))));
         }
         state.seats.append(seats);
         if let Some(endpoint) = endpoint {
@@ -118,7 +124,7 @@ pub(crate) fn join(
                 seats.mirrors.iter_mut().for_each(|seat| empty(domain, &mut state, seat, done));
                 back.append(seats);
             }
-            return Err((back, error));
+            return Err((back.into(), error));
         }
     }
     Ok(())
@@ -140,48 +146,48 @@ pub(crate) fn replay(domain: &DomainInner, id: u64, done: &mut Completion) -> Re
         let Some(cursor) = seat.cursor().filter(|_| seat.is_live()) else { return Ok(()) };
         let Some(ahead) = IovaRange::new(cursor, Iova(u64::MAX)) else { return Ok(()) };
         let _callback = CallbackScope::enter();
-        let backing = state.backing.clone();
-        let (mut count, mut failed, mut more) = (0_usize, None, false);
+        let memory = state.memory.clone();
+        let (mut count, mut failed, mut rest) = (0_usize, None, None);
+        // Whatever comes now is to be held. Nobody sees where the slice has come to before it is over.
+        seat.advance(None);
         state.writer.for_each(ahead, &mut |m| {
-            if count == SLICE {
-                more = true;
-                return ControlFlow::Break(());
+            if count < SLICE {
+                count += 1;
+                match fill_one(seat, &memory, &m, done) {
+                    Ok(()) => return ControlFlow::Continue(()),
+                    Err(error) => failed = Some(error),
+                }
             }
-            count += 1;
-            seat.advance(m.range.next());
-            failed = fill_one(seat, &backing, &m, done).err();
-            if failed.is_some() {
-                seat.advance(Some(m.range.start()));
-                return ControlFlow::Break(());
-            }
-            ControlFlow::Continue(())
+            rest = Some(m.range.start());
+            ControlFlow::Break(())
         });
         seat.commit(done);
-        match failed {
-            None if more => {}
-            None => {
-                seat.advance(None);
-                return Ok(());
-            }
-            Some(AddError::Refused(refused)) => return Err(ReplayError::Refused(refused)),
+        seat.advance(rest);
+        match failed.map(|error| *error) {
+            None if rest.is_some() => {}
+            None => return Ok(()),
+            Some(AddError::Refused(refused)) => return Err(ReplayError::Refused(*refused)),
             Some(AddError::Fence(failure)) => {
                 domain.fence_seat(seat, &failure, done);
-                return Err(ReplayError::Fenced(failure));
+                return Err(ReplayError::Fenced(failure.into()));
             }
         }
     }
 }
 
 /// One mapping, all of its backed pieces or none.
-fn fill_one(
-    seat: &mut MirrorSeat,
-    backing: &crate::backing::Backing,
-    m: &Mapping,
-    done: &mut Completion,
-) -> Result<(), AddError> {
+#[inline]
+fn fill_one(seat: &mut MirrorSeat, memory: &Memory, m: &Mapping, done: &mut Completion) -> Added {
+    if !m.access.is_empty() && memory.is_ram_behind(m) {
+        return seat.add(m, done);
+    }
+    fill_pieces(seat, memory, m, done)
+}
+
+fn fill_pieces(seat: &mut MirrorSeat, memory: &Memory, m: &Mapping, done: &mut Completion) -> Added {
     let mut count = 0_usize;
     let mut outcome = Ok(());
-    backed(backing, m, &mut |piece| {
+    backed(memory, m, &mut |piece| {
         if outcome.is_ok() {
             outcome = seat.add(piece, done);
             count += usize::from(outcome.is_ok());
@@ -189,13 +195,13 @@ fn fill_one(
     });
     if outcome.is_err() {
         let mut undone = Ok(());
-        backed(backing, m, &mut |piece| {
+        backed(memory, m, &mut |piece| {
             if count > 0 && undone.is_ok() {
                 count -= 1;
-                undone = seat.remove(core::slice::from_ref(piece), done, &mut None).map_err(AddError::Fence);
+                undone = seat.remove(core::slice::from_ref(piece), done, &mut None);
             }
         });
-        undone?;
+        undone.map_err(AddError::Fence)?;
     }
     outcome
 }
@@ -212,9 +218,9 @@ pub(crate) fn empty(
     }
     let _callback = CallbackScope::enter();
     let mut pieces = Vec::new();
-    let backing = state.backing.clone();
+    let memory = state.memory.clone();
     state.writer.for_each(IovaRange::ALL, &mut |m| {
-        backed(&backing, &m, &mut |piece| pieces.push(*piece));
+        backed(&memory, &m, &mut |piece| pieces.push(*piece));
         ControlFlow::Continue(())
     });
     if let Err(failure) = seat.remove(&pieces, done, &mut state.dirty) {
@@ -302,7 +308,7 @@ mod tests {
         let mut seat = MirrorSeat::new(sub, Interest::MIRROR, Box::new(Holder(held.clone())));
         seat.advance(Some(Iova(5 << 12)));
         seat.counts.held = 1;
-        lock(&domain.0.state).seats.mirrors.push(seat);
+        lock(&domain.0.state).seats.append(Seats::new(vec![seat], Vec::new(), Vec::new()));
         let refuser = Arc::new(Mutex::new((Vec::new(), false)));
         let space = crate::subscribe::Space::Domain(1);
         let _s = iommu.subscribe_mirror(space, Box::new(Holder(refuser.clone())), Interest::MIRROR).unwrap();

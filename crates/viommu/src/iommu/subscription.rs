@@ -125,7 +125,7 @@ impl Subscription {
                     state.writer.for_each(IovaRange::ALL, &mut |m| {
                         if seat.cursor().is_none_or(|cursor| m.range.start() < cursor) {
                             let lens = &seat.lens;
-                            backed(&state.backing, &m, &mut |piece| lens.extents(piece, &mut due));
+                            backed(&state.memory, &m, &mut |piece| lens.extents(piece, &mut due));
                         }
                         ControlFlow::Continue(())
                     });
@@ -137,7 +137,7 @@ impl Subscription {
             let mut due = Vec::new();
             if let Some(state) = state {
                 let mut due_of = |m: &Mapping| {
-                    backed(&state.backing, m, &mut |piece| {
+                    backed(&state.memory, m, &mut |piece| {
                         let inside = piece.clip(self.interest.window);
                         due.extend(inside.map(|m| Mapping { range: self.interest.outward(m.range), ..m }));
                     });
@@ -176,7 +176,7 @@ impl Subscription {
             // Blocked: it holds nothing, and is looked at with the new reach when it comes somewhere.
             let members = control.endpoints.values_mut();
             let seat = members.flat_map(|m| &mut m.parked.mirrors).find(|s| s.sub.id() == self.id());
-            seat.ok_or(SubscribeError::Invalid("not a mirror"))?.lens.set_reach(reach);
+            seat.ok_or(SubscribeError::Invalid("not a mirror"))?.set_reach(reach);
             return Ok(done);
         };
         // Emptied with the old reach, filled with the new one: the simple way, for a rare event.
@@ -185,7 +185,7 @@ impl Subscription {
             lock(&domain.state).seats.append(seats);
             return Err(SubscribeError::Invalid("not a mirror"));
         };
-        seat.lens.set_reach(reach);
+        seat.set_reach(reach);
         let refused = fits(&domain, &seat.lens, &regions).err();
         if let Some((why, range)) = refused {
             let why = format!("{range} cannot be held any more: {why}");
@@ -196,7 +196,7 @@ impl Subscription {
         if let Err((mut seats, error)) = join(&domain, seats, self.sub.endpoint(), &regions, &mut done) {
             let why = format!("{error:?}");
             seats.mirrors.iter_mut().for_each(|seat| domain.fence_seat(seat, &why, &mut done));
-            lock(&domain.state).seats.append(seats);
+            lock(&domain.state).seats.append(*seats);
             return Err(SubscribeError::Fenced(why));
         }
         Ok(done)

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Weak;
 
 use crate::addr::IovaRange;
-use crate::backing::Backing;
+use crate::backing::{Backing, Memory};
 use crate::deliver::Seats;
 use crate::domain::inner::{DomainInner, DomainState, Line, Tables};
 use crate::endpoint::{EndpointId, EndpointShared, Region, Sight, View};
@@ -142,7 +142,7 @@ pub(crate) fn make_domain(
     let state = DomainState {
         writer,
         seats: Seats::default(),
-        backing: backing.clone(),
+        memory: Memory::new(backing.clone()),
         regions: Vec::new(),
         told: Kinds::empty(),
         dirty: None,

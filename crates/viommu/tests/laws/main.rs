@@ -6,6 +6,7 @@ mod endpoints;
 #[path = "../../src/fuzzing/mod.rs"]
 mod fuzzing;
 mod model;
+mod paths;
 mod qemu_weaknesses;
 mod quiescence;
 mod subscribe;

@@ -577,3 +577,27 @@ fn nothing_is_left_out_where_the_guest_can_be_refused() {
     let error = iommu.subscribe_mirror(Space::Domain(2), mirror, Interest::MIRROR).unwrap_err();
     assert!(matches!(error, SubscribeError::Unreachable { .. }));
 }
+
+#[test]
+fn a_cache_for_device_tlb_alone_hears_no_steps_but_the_end_of_what_it_sees() {
+    let (iommu, e, domain) = attached();
+    let (cache, handle) = RecordingCache::new();
+    let _s = e.subscribe_cache(cache, kinds(Kinds::DEVICE_TLB)).unwrap();
+    over(domain.map(rw(0, 0, 1)).unwrap());
+    over(domain.map(rw(4, 6, 5)).unwrap());
+    over(domain.unmap(pages(0, 0)).unwrap());
+    over(domain.unmap(pages(0, 9)).unwrap());
+    assert_eq!(handle.take(), []);
+    over(e.invalidate_device_tlb(pages(0, 9)).unwrap());
+    assert_eq!(handle.take(), [Event::Invalidate(pages(0, 9))]);
+    // Nobody but the core knows of these.
+    over(domain.map(rw(0, 0, 1)).unwrap());
+    over(iommu.remove_backing(gpas(0, (1 << 18) - 1)).unwrap());
+    assert_eq!(handle.take(), [Event::Invalidate(pages(0, 0))]);
+    over(e.block().unwrap());
+    assert_eq!(handle.take(), [Event::Invalidate(IovaRange::ALL)]);
+    let (cache, handle) = RecordingCache::new();
+    let _s = iommu.subscribe_cache(Space::Domain(1), cache, kinds(Kinds::DEVICE_TLB)).unwrap();
+    over(iommu.destroy_domain(1).unwrap());
+    assert_eq!(handle.take(), [Event::Invalidate(IovaRange::ALL)]);
+}

@@ -1,16 +1,16 @@
 //! L3, L4, L6: a mirror that fails at its n-th call, for every n.
 
-use viommu::subscribe::Reach;
+use viommu::subscribe::{FenceFailed, Mirror, Reach, Refused, Unmapped};
 use viommu::{
-    AttachErrorKind, BlockerKind, Domain, Incident, Interest, Mapping, Space, StepErrorKind, SubscribeError,
-    Tables, View, WaitError,
+    Ack, AttachErrorKind, BlockerKind, Domain, Incident, Interest, IovaRange, Mapping, Space, StepErrorKind,
+    SubscribeError, Tables, View, WaitError,
 };
 
 use crate::support::*;
 
 fn record(domain: &Domain) -> Vec<Mapping> {
     let mut all = Vec::new();
-    domain.for_each(viommu::IovaRange::ALL, |m| {
+    domain.for_each(IovaRange::ALL, |m| {
         all.push(m);
         core::ops::ControlFlow::Continue(())
     });
@@ -70,6 +70,7 @@ fn before() -> Vec<Mapping> {
 #[test]
 fn a_map_refused_changes_nothing() {
     every_addition(|d| d.map(rw(20, 29, 700)), &before());
+    every_addition(|d| d.map(rw(20, 20, 700)), &before());
 }
 
 #[test]
@@ -420,7 +421,7 @@ fn a_replay_whose_acks_have_failed_already_does_not_lock_up() {
     let (mirror, m) = RecordingMirror::new(Reach::default());
     m.lock().pending = true;
     let inside = m.clone();
-    let (_ack, _resolver) = viommu::Ack::pending();
+    let (_ack, _resolver) = Ack::pending();
     // Each ack is dropped by the call behind it, at the latest.
     m.lock().inside = Some(Box::new(move |_| inside.lock().resolvers.clear()));
     over(domain.map(rw(2, 2, 1)).unwrap());
@@ -441,4 +442,47 @@ fn a_leaving_mirror_whose_acks_fail_is_fenced() {
     m.lock().resolvers.pop().unwrap().failed();
     assert!(done.is_complete());
     assert!(m.lock().fenced, "it let go of what it could not remove");
+}
+
+/// Replaces as the trait does by itself.
+struct ByDefault(Box<RecordingMirror>);
+
+impl Mirror for ByDefault {
+    fn reach(&self) -> Reach {
+        self.0.reach()
+    }
+    fn map(&mut self, extent: &Mapping) -> Result<Ack, Refused> {
+        self.0.map(extent)
+    }
+    fn unmap(&mut self, range: IovaRange) -> Result<Unmapped, Refused> {
+        self.0.unmap(range)
+    }
+    fn fence(&mut self) -> Result<(), FenceFailed> {
+        self.0.fence()
+    }
+    fn held(&self) -> Vec<Mapping> {
+        self.0.held()
+    }
+}
+
+#[test]
+fn a_replace_by_default_puts_the_old_extent_back_or_is_fenced() {
+    for (times, lost) in [(1, false), (2, true)] {
+        let (iommu, _, domain) = attached();
+        let (mirror, handle) = RecordingMirror::new(Reach { replace: true, ..Reach::default() });
+        let mirror = Box::new(ByDefault(mirror));
+        let s = iommu.subscribe_mirror(Space::Domain(1), mirror, Interest::MIRROR).unwrap();
+        let other = mirror_on(&iommu, 1, Reach::default());
+        over(domain.map(rw(0, 9, 100)).unwrap());
+        handle.refuse_nth(1, times, is_map);
+        let outcome = domain.replace(rw(0, 9, 300));
+        assert_eq!((outcome.is_ok(), s.is_fenced()), (lost, lost), "refused {times} times");
+        let now = [rw(0, 9, if lost { 300 } else { 100 })];
+        assert_eq!(record(&domain), now);
+        assert_eq!(other.1.held(), now);
+        if !lost {
+            assert_eq!(handle.held(), now);
+            assert!(s.audit().unwrap().is_clean());
+        }
+    }
 }

@@ -20,6 +20,12 @@ impl From<NoMemory> for InsertError {
     }
 }
 
+/// Where one leaf can be put.
+pub(crate) struct Vacancy {
+    node: Node,
+    at: usize,
+}
+
 impl Writer {
     /// Adds one mapping, visible to readers when this returns (page by page while it runs).
     #[inline]
@@ -49,6 +55,27 @@ impl Writer {
         self.mappings += 1;
         self.promised = self.promised.saturating_sub(1);
         Ok(())
+    }
+
+    /// The place of a mapping over `range` that is one leaf there and takes no room to be made. It is to be filled, or
+    /// forgotten, before anything else is done.
+    #[inline]
+    pub(crate) fn vacancy(&mut self, range: IovaRange) -> Option<Vacancy> {
+        debug_assert!(self.promised == 0);
+        if self.is_due() {
+            self.collect();
+        }
+        let found = self.table.find(range.start().0);
+        let fits = !found.entry.is_leaf() && found.fits(range.start().0, range.last().0);
+        found.at.filter(|_| fits).map(|at| Vacancy { node: found.node, at })
+    }
+
+    /// Adds `m` where [`vacancy`](Self::vacancy) found room for it.
+    #[inline]
+    pub(crate) fn fill_vacancy(&mut self, Vacancy { node, at }: Vacancy, m: &Mapping) {
+        self.table.arena.publish(at, Word::first_leaf(m));
+        self.table.arena.gained(node, 1);
+        self.mappings += 1;
     }
 
     #[inline(never)]
@@ -108,13 +135,7 @@ impl Writer {
     pub(crate) fn remove(&mut self, range: IovaRange, mut gone: impl FnMut(Mapping)) -> Result<usize, Cuts> {
         let (start, last) = (range.start().0, range.last().0);
         if last == start | (PAGE - 1) {
-            return Ok(match self.remove_page(start, last)? {
-                Some(m) => {
-                    gone(m);
-                    1
-                }
-                None => 0,
-            });
+            return Ok(self.remove_page(range)?.map(gone).iter().count());
         }
         let mut joined = Joined::default();
         let count = self.clear_all(range, &mut |iova, level, entry| {
@@ -133,13 +154,20 @@ impl Writer {
     pub(crate) fn remove_all_in(&mut self, range: IovaRange) -> Result<usize, Cuts> {
         let (start, last) = (range.start().0, range.last().0);
         if last == start | (PAGE - 1) {
-            return Ok(usize::from(self.remove_page(start, last)?.is_some()));
+            return Ok(usize::from(self.remove_page(range)?.is_some()));
         }
         self.clear_all(range, &mut |_, _, _| {})
     }
 
+    /// Removes what is mapped in the page `range`; refused when it would be cut.
     #[inline]
-    fn remove_page(&mut self, start: u64, last: u64) -> Result<Option<Mapping>, Cuts> {
+    pub(crate) fn remove_page(&mut self, range: IovaRange) -> Result<Option<Mapping>, Cuts> {
+        let (start, last) = (range.start().0, range.last().0);
+        let word = self.remove_leaf(start, last)?;
+        Ok(word.and_then(|word| word.mapping(start, last)))
+    }
+
+    fn remove_leaf(&mut self, start: u64, last: u64) -> Result<Option<Word>, Cuts> {
         let found = self.table.find(start);
         let (true, Some(at)) = (found.entry.is_leaf(), found.at) else { return Ok(None) };
         if !found.fits(start, last) || !found.entry.is_start() {
@@ -161,7 +189,7 @@ impl Writer {
             self.list(found.node, start & !mask(1), 0);
         }
         self.mappings -= 1;
-        Ok(found.entry.mapping(start, last))
+        Ok(Some(found.entry))
     }
 
     fn clear_all(&mut self, range: IovaRange, gone: &mut impl FnMut(u64, u32, Word)) -> Result<usize, Cuts> {

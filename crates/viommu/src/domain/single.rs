@@ -1,0 +1,120 @@
+//! Steps of one mapping, as nearly all are, where every mirror that hears of it is told just that: looked up once, and
+//! with nothing to put together. All other steps, and what goes wrong here, are `apply`'s.
+
+use crate::addr::IovaRange;
+use crate::domain::apply::Plan;
+use crate::domain::inner::{DomainInner, DomainState};
+use crate::error::StepErrorKind;
+use crate::mapping::{Mapping, Target};
+use crate::quiesce::completion::Completion;
+use crate::quiesce::scope::CallbackScope;
+use crate::subscribe::Refused;
+use crate::table::PAGE;
+
+impl DomainState {
+    /// Whether `m`, whole, is what a mirror holds of it that has nothing to clip.
+    #[inline(always)]
+    fn is_of_one_piece(&self, m: &Mapping) -> bool {
+        m.target == Target::Ram && !m.access.is_empty() && self.memory.is_ram_behind(m)
+    }
+}
+
+impl DomainInner {
+    /// Adds one mapping, and tells everyone.
+    #[inline]
+    pub(crate) fn add_one(
+        &self,
+        state: &mut DomainState,
+        new: &Mapping,
+        done: &mut Completion,
+    ) -> Result<(), StepErrorKind> {
+        let is_simple = state.refusable
+            && state.is_of_one_piece(new)
+            && state.seats.mirrors.iter().all(|seat| seat.can_take_as_it_is(new));
+        let vacancy = if is_simple { state.writer.vacancy(new.range) } else { None };
+        let Some(vacancy) = vacancy else { return self.add_some(state, new, done) };
+        self.claim(state, 1)?;
+        {
+            let _callback = CallbackScope::enter();
+            for (at, seat) in state.seats.mirrors.iter_mut().enumerate() {
+                if seat.is_direct()
+                    && let Err(refused) = seat.map_one(new, done)
+                {
+                    return Err(self.take_back(state, new, at, *refused, done));
+                }
+            }
+        }
+        self.publish(|| state.writer.fill_vacancy(vacancy, new));
+        self.tell_observers(state, &[], core::slice::from_ref(new));
+        Ok(())
+    }
+
+    #[inline(never)]
+    fn add_some(
+        &self,
+        state: &mut DomainState,
+        new: &Mapping,
+        done: &mut Completion,
+    ) -> Result<(), StepErrorKind> {
+        if state.writer.is_taken_in(new.range) {
+            return Err(state.overlap(new));
+        }
+        self.apply(state, &Plan { added: core::slice::from_ref(new), ..Plan::default() }, true, done)
+    }
+
+    /// The mirror at `at` has refused what those before it have got.
+    #[cold]
+    fn take_back(
+        &self,
+        state: &mut DomainState,
+        new: &Mapping,
+        at: usize,
+        refused: Refused,
+        done: &mut Completion,
+    ) -> StepErrorKind {
+        let added = core::slice::from_ref(new);
+        self.totals.give_back(1);
+        self.undo(state, &Plan { added, ..Plan::default() }, added, (at, 0), done);
+        let subscription = state.seats.mirrors.get(at).map_or(0, |seat| seat.sub.id());
+        StepErrorKind::Refused { subscription, refused }
+    }
+
+    /// Removes what is mapped in one page, and tells everyone.
+    #[inline]
+    pub(crate) fn remove_one(
+        &self,
+        state: &mut DomainState,
+        page: IovaRange,
+        lazy: bool,
+        done: &mut Completion,
+    ) -> Result<usize, StepErrorKind> {
+        debug_assert_eq!(page.bytes(), PAGE.into());
+        let gone = match self.publish(|| state.writer.remove_page(page)) {
+            Ok(Some(gone)) => gone,
+            Ok(None) => return Ok(0),
+            Err(_) => return Err(state.cut(page)),
+        };
+        self.totals.give_back(1);
+        let is_simple = state.is_of_one_piece(&gone)
+            && state.seats.mirrors.iter().all(|seat| seat.is_direct() || !seat.hears_in(page));
+        if is_simple {
+            if !state.seats.caches.is_empty() {
+                self.tell_caches(state, &[page], done);
+            }
+            let _callback = CallbackScope::enter();
+            let DomainState { seats, dirty, .. } = state;
+            for seat in seats.mirrors.iter_mut().filter(|seat| seat.is_direct()) {
+                if let Err(failure) = seat.unmap_one(page, core::slice::from_ref(&gone), done, dirty) {
+                    self.fence_seat(seat, &failure, done);
+                }
+            }
+        } else {
+            let plan = Plan { removed: &[gone], spans: &[page], ..Plan::default() };
+            self.deliver_removals(state, &plan, done);
+            state.commit(done);
+        }
+        self.note_removal(&[page], lazy, done);
+        self.tell_observers(state, &[gone], &[]);
+        Ok(1)
+    }
+}
