@@ -340,6 +340,7 @@ fn a_mirror_that_cannot_remove_is_fenced_and_its_endpoint_with_it() {
     assert!(subscription.is_fenced());
     assert_eq!(rig.access(A, 0x1000, Access::READ).unwrap_err(), FaultReason::Fenced);
     assert_eq!(rig.says(&attach(2, A)), Status::DEVERR);
+    assert_eq!(rig.says(&map(2, 1, 1, 0)), Status::NOENT, "no domain is left of it");
     rig.ok(&detach(1, A));
     assert_eq!(rig.says(&attach(1, A)), Status::DEVERR);
 }

@@ -272,7 +272,7 @@ impl Model {
         if new.end <= new.start || new.start < self.input.0 || new.end > self.input.1 {
             return Err(RANGE);
         }
-        let aligned = |address: u128| address % u128::from(self.granule) == 0;
+        let aligned = |address: u128| address.is_multiple_of(u128::from(self.granule));
         if !aligned(new.start.into()) || !aligned(u128::from(new.end) + 1) || !aligned(new.phys.into()) {
             return Err(RANGE);
         }
