@@ -21,6 +21,8 @@
 )]
 
 mod device;
+#[cfg(feature = "driver")]
+pub mod driver;
 mod events;
 mod log;
 mod metrics;
