@@ -55,6 +55,13 @@ pub(crate) fn num(json: &Value, path: &str) -> u64 {
     json.pointer(path).and_then(Value::as_u64).unwrap_or_else(|| panic!("{path} in {json}"))
 }
 
+/// What every model must come to: all but what tells of the model, and the time.
+pub(crate) fn without_model(mut json: Value) -> Value {
+    let fields = json.as_object_mut().unwrap();
+    assert!(fields.remove("model").is_some() && fields.remove("seconds").is_some());
+    json
+}
+
 /// A path of this name in the directory for tests' files.
 pub(crate) fn scratch(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{name}", std::process::id()))
