@@ -141,8 +141,8 @@ impl<M: Mirror> Mirror for Counting<M> {
         let outcome = self.inner.map(extent);
         let mut told = lock(&self.told);
         match outcome {
-            // What is mapped from here on brings the mirror back to where it was.
-            Err(_) => told.asks.maps = false,
+            // What comes from here on brings the mirror back to where it was.
+            Err(_) => told.asks = Asks::NOTHING,
             Ok(_) if asked => told.map += 1,
             Ok(_) => told.replayed += 1,
         }
