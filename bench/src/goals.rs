@@ -5,6 +5,7 @@ use anyhow::Context as _;
 use crate::cells::Cells;
 use crate::load::Effort;
 use crate::row::{Limit, Pick, Row, Rule, Value};
+use crate::work::ring::{BATCHES, MIRRORS};
 use crate::work::{Who, Work};
 
 use Limit::{AtLeast, AtMost};
@@ -34,7 +35,7 @@ pub(crate) struct Run {
     pub(crate) cells: Cells,
 }
 
-pub(crate) const GOALS: [Goal; 18] = [
+pub(crate) const GOALS: [Goal; 19] = [
     Goal { name: "G1", needs: &[(Work::Small, "translate")], rows: g1 },
     Goal { name: "G2", needs: &[(Work::Big, "translate")], rows: g2 },
     Goal { name: "G3", needs: &[(Work::Small, "pair")], rows: g3 },
@@ -52,6 +53,7 @@ pub(crate) const GOALS: [Goal; 18] = [
     Goal { name: "G15", needs: &[], rows: g15 },
     Goal { name: "G16", needs: &[], rows: g16 },
     Goal { name: "G17", needs: &[], rows: g17 },
+    Goal { name: "V1", needs: &[], rows: v1 },
     Goal { name: "none", needs: &[], rows: busy },
 ];
 
@@ -274,6 +276,27 @@ fn g17(run: &mut Run) -> Rows {
     let what = format!("ATTACH with a mirror to {} mappings, less its calls, a mapping", run.small());
     let row = run.row(("G17", what), (Work::Attach, "attach"), ("ns", AtMost(20.0)), &[])?;
     Ok(vec![row.done()])
+}
+
+fn v1(run: &mut Run) -> Rows {
+    let mut rows = Vec::new();
+    for mirrors in MIRRORS {
+        for batch in BATCHES {
+            let ring = run.ours(Work::Ring, &format!("ring {mirrors} {batch}"), Pick::Min)?;
+            let bare = run.ours(Work::Ring, &format!("bare {mirrors} {batch}"), Pick::Min)?;
+            let case = format!("{batch} requests a kick, {mirrors} mirrors");
+            let rate = Value { value: 2000.0 / ring.value, noise: ring.noise };
+            rows.push(Row::new("V1", format!("requests, {case}"), "M/s", Limit::None, rate).done());
+            let more = ring.value - bare.value;
+            let noise = (ring.value * ring.noise + bare.value * bare.noise) / more.max(1.0);
+            let limit = if mirrors == 0 && batch == 16 { AtMost(250.0) } else { Limit::None };
+            let what = format!("a pair more than the record's, {case}");
+            rows.push(Row::new("V1", what, "ns", limit, Value { value: more, noise }).done());
+            let share = Value { value: bare.value / ring.value * 100.0, noise: ring.noise };
+            rows.push(Row::new("V1", format!("of it the record, {case}"), "%", Limit::None, share).done());
+        }
+    }
+    Ok(rows)
 }
 
 fn busy(run: &mut Run) -> Rows {

@@ -5,6 +5,7 @@ pub(crate) mod contended;
 pub(crate) mod dense;
 pub(crate) mod dispatch;
 pub(crate) mod memory;
+pub(crate) mod ring;
 
 use std::collections::BTreeMap;
 
@@ -56,13 +57,15 @@ pub(crate) enum Work {
     Attach,
     /// A consumer of an empty address space of 2^64 bytes.
     EmptyReplay,
+    /// Requests through virtio-iommu's ring.
+    Ring,
 }
 
 impl Work {
     /// Whether it takes some seconds at most and is about time of one thread.
     pub(crate) fn is_short(self) -> bool {
-        use Work::{Attach, Big, Dispatch, EmptyReplay, Guard, Huge, IdleReaders, Small};
-        matches!(self, Small | Big | Huge | Dispatch | IdleReaders | Guard | Attach | EmptyReplay)
+        use Work::{Attach, Big, Dispatch, EmptyReplay, Guard, Huge, IdleReaders, Ring, Small};
+        matches!(self, Small | Big | Huge | Dispatch | IdleReaders | Guard | Attach | EmptyReplay | Ring)
     }
 }
 
@@ -136,6 +139,7 @@ pub(crate) fn run(work: Work, who: Who, effort: Effort, wanted: &[String]) -> an
         (Work::Cold, Who::Viommu) => memory::cold(effort),
         (Work::Attach, Who::Viommu) => alone::attach(effort),
         (Work::EmptyReplay, Who::Viommu) => alone::empty_replay(effort),
+        (Work::Ring, Who::Viommu) => ring::ours(effort),
         _ => anyhow::bail!("{} does not do that", who.name()),
     }
 }

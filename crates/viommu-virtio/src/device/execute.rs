@@ -5,7 +5,7 @@ use std::sync::MutexGuard;
 use viommu::domain::Burst;
 use viommu::endpoint::RegionKind;
 use viommu::{AttachError, Completion, IovaRange, Mapping, StepErrorKind, Tables, View};
-use vm_memory::GuestMemory;
+use vm_memory::GuestMemoryBackend;
 use zerocopy::little_endian::{U16, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -13,6 +13,7 @@ use crate::device::limits::Limits;
 use crate::device::{Control, GuestDomain, Kind, VirtioIommu, status};
 use crate::log;
 use crate::queue::chain::Frame;
+use crate::queue::near::Near;
 use crate::spec::request::{self, Attach, Detach, Map, Probe, Status, Tail, Unmap};
 use crate::spec::{Features, property};
 
@@ -51,7 +52,7 @@ impl<'d> Executor<'d> {
     /// Executes all of `requests`. Gives what their answers wait for, and how many UNMAPs there were.
     pub(crate) fn run(
         mut self,
-        memory: &impl GuestMemory,
+        memory: &Near<'_, impl GuestMemoryBackend>,
         requests: &mut impl Requests,
         frame: &mut Frame,
     ) -> (Completion, u64) {
@@ -72,7 +73,7 @@ impl<'d> Executor<'d> {
     }
 
     /// The request in `frame`, if it is a MAP or an UNMAP that can be answered.
-    fn change(&self, memory: &impl GuestMemory, frame: &Frame) -> Option<(u32, Change)> {
+    fn change(&self, memory: &Near<'_, impl GuestMemoryBackend>, frame: &Frame) -> Option<(u32, Change)> {
         let bytes = frame.request();
         let (domain, change) = match *bytes.first()? {
             request::MAP => {
@@ -92,7 +93,7 @@ impl<'d> Executor<'d> {
     /// behind them.
     fn burst(
         &mut self,
-        memory: &impl GuestMemory,
+        memory: &Near<'_, impl GuestMemoryBackend>,
         domain: u32,
         (mut head, mut change): (u16, Change),
         requests: &mut impl Requests,
@@ -134,7 +135,7 @@ impl<'d> Executor<'d> {
     }
 
     /// Any other request. Gives the used length; `None`: it cannot be read or answered, and was not executed.
-    fn single(&mut self, memory: &impl GuestMemory, frame: &Frame) -> Option<u32> {
+    fn single(&mut self, memory: &Near<'_, impl GuestMemoryBackend>, frame: &Frame) -> Option<u32> {
         let bytes = frame.request();
         let kind = *bytes.first()?;
         match kind {
@@ -158,7 +159,7 @@ impl<'d> Executor<'d> {
     /// Writes the tail at `offset`. Gives the used length.
     fn answer(
         &self,
-        memory: &impl GuestMemory,
+        memory: &Near<'_, impl GuestMemoryBackend>,
         frame: &Frame,
         kind: u8,
         offset: u64,
@@ -251,7 +252,12 @@ impl<'d> Executor<'d> {
         status
     }
 
-    fn probe(&self, memory: &impl GuestMemory, frame: &Frame, request: &Probe) -> Option<u32> {
+    fn probe(
+        &self,
+        memory: &Near<'_, impl GuestMemoryBackend>,
+        frame: &Frame,
+        request: &Probe,
+    ) -> Option<u32> {
         let size = u64::from(self.device.config().probe_size);
         let tail = u64::try_from(TAIL).ok()?;
         if frame.room() < size.checked_add(tail)? {

@@ -15,7 +15,7 @@ use viommu::{
     AttachErrorKind, BuildError, Builder, Completion, Domain, Endpoint, Iommu, IovaRange, ResetKind,
 };
 use virtio_queue::Queue;
-use vm_memory::GuestAddressSpace;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
 
@@ -108,6 +108,15 @@ pub(crate) struct Control {
     attached: BTreeMap<u32, u32>,
     /// Those that endpoints are attached to.
     domains: BTreeMap<u32, GuestDomain>,
+}
+
+#[cfg(feature = "fuzzing")]
+impl Control {
+    /// The domain that an endpoint is attached to, and whether it is a bypass one.
+    pub(crate) fn attached_to(&self, endpoint: u32) -> Option<(u32, bool)> {
+        let id = *self.attached.get(&endpoint)?;
+        Some((id, matches!(self.domains.get(&id)?.kind, Kind::Bypass)))
+    }
 }
 
 struct Member {
@@ -356,23 +365,32 @@ impl VirtioIommu {
         }
     }
 
-    /// The request queue: `queue` as the driver has set it up, in `memory`, and how to interrupt the driver for it.
-    pub fn request_queue<M: GuestAddressSpace>(
+    /// The request queue: `queue` as the driver has set it up, in `memory`, and how to interrupt the driver for it. The
+    /// device's own rings are not translated, so it is plain memory.
+    pub fn request_queue<M>(
         &self,
         queue: Queue,
         memory: M,
         interrupt: impl Fn() + Send + 'static,
-    ) -> RequestQueue<M> {
+    ) -> RequestQueue<M>
+    where
+        M: GuestAddressSpace,
+        M::M: GuestMemoryBackend,
+    {
         RequestQueue::new(self.clone(), queue, memory, Box::new(interrupt))
     }
 
     /// The event queue, likewise.
-    pub fn event_queue<M: GuestAddressSpace>(
+    pub fn event_queue<M>(
         &self,
         queue: Queue,
         memory: M,
         interrupt: impl Fn() + Send + 'static,
-    ) -> EventQueue<M> {
+    ) -> EventQueue<M>
+    where
+        M: GuestAddressSpace,
+        M::M: GuestMemoryBackend,
+    {
         EventQueue::new(self.clone(), queue, memory, Box::new(interrupt))
     }
 

@@ -1,12 +1,14 @@
 //! The event queue: buffers of the driver that take fault reports.
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestAddressSpace;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 use zerocopy::IntoBytes;
 
 use crate::device::VirtioIommu;
 use crate::metrics::bump;
-use crate::queue::{Interrupt, QueueError, chain::Frame};
+use crate::queue::chain::Frame;
+use crate::queue::near::Near;
+use crate::queue::{Interrupt, QueueError};
 use crate::spec::event;
 
 /// Gives fault reports to the driver. Call [`EventQueue::process`] when the driver has put buffers there, and when the
@@ -19,7 +21,11 @@ pub struct EventQueue<M> {
     frame: Frame,
 }
 
-impl<M: GuestAddressSpace> EventQueue<M> {
+impl<M> EventQueue<M>
+where
+    M: GuestAddressSpace,
+    M::M: GuestMemoryBackend,
+{
     pub(crate) fn new(device: VirtioIommu, queue: Queue, memory: M, interrupt: Interrupt) -> Self {
         Self { device, queue, memory, interrupt, frame: Frame::default() }
     }
@@ -31,7 +37,7 @@ impl<M: GuestAddressSpace> EventQueue<M> {
     /// See [`QueueError`].
     pub fn process(&mut self) -> Result<usize, QueueError> {
         let memory = self.memory.memory();
-        let memory = &*memory;
+        let memory = &Near::new(&*memory);
         let faults = self.device.faults();
         let mut reported = 0_usize;
         let mut used = false;
@@ -48,7 +54,7 @@ impl<M: GuestAddressSpace> EventQueue<M> {
             };
             buffers = buffers.saturating_sub(1);
             let (head, longest) = (chain.head_index(), self.queue.size());
-            let fits = self.frame.read(chain, longest).is_ok()
+            let fits = self.frame.read(memory, chain, longest).is_ok()
                 && self.frame.can_write(memory, 0, event::SIZE)
                 && self.frame.write(memory, 0, fault.as_bytes()).is_ok();
             let len = if fits { event::SIZE } else { 0 };

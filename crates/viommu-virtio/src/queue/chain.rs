@@ -1,9 +1,9 @@
 //! One request in the ring: what the driver wrote, and where the answer goes. Nothing in it is trusted.
 
-use core::ops::Deref;
-
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+use crate::queue::near::Near;
 
 /// Bytes of the longest request.
 const LONGEST: usize = 72;
@@ -31,19 +31,18 @@ pub(crate) struct Malformed;
 impl Frame {
     /// Reads `chain` into this frame: the beginning of what the driver wrote (no request is longer), and the places of
     /// the answer. A chain has at most `longest` descriptors, those of an indirect table too.
-    pub(crate) fn read<M>(&mut self, chain: DescriptorChain<M>, longest: u16) -> Result<(), Malformed>
-    where
-        M: Deref + Clone,
-        M::Target: GuestMemory + Sized,
-    {
+    pub(crate) fn read<M: GuestMemoryBackend>(
+        &mut self,
+        memory: &Near<'_, M>,
+        chain: DescriptorChain<&Near<'_, M>>,
+        longest: u16,
+    ) -> Result<(), Malformed> {
         self.len = 0;
         self.room.clear();
         self.room_bytes = 0;
         // Also where the first descriptor is none.
         let mut ended = false;
-        let mut descriptors = chain.clone();
-        let memory = chain.memory();
-        for descriptor in descriptors.by_ref().take(usize::from(longest)) {
+        for descriptor in chain.take(usize::from(longest)) {
             ended = !descriptor.has_next();
             let (at, bytes) = (descriptor.addr(), descriptor.len());
             if descriptor.is_write_only() {
@@ -58,7 +57,7 @@ impl Frame {
             let end = self.len.saturating_add(wanted).min(LONGEST);
             let part = self.bytes.get_mut(self.len..end).ok_or(Malformed)?;
             if !part.is_empty() {
-                memory.read_slice(part, at).map_err(|_| Malformed)?;
+                memory.read(part, at).map_err(|_| Malformed)?;
             }
             self.len = end;
         }
@@ -106,10 +105,15 @@ impl Frame {
     }
 
     /// Whether `len` bytes can be written at `offset` of the room.
-    pub(crate) fn can_write(&self, memory: &impl GuestMemory, offset: u64, len: usize) -> bool {
+    pub(crate) fn can_write(
+        &self,
+        memory: &Near<'_, impl GuestMemoryBackend>,
+        offset: u64,
+        len: usize,
+    ) -> bool {
         let mut writable = 0_usize;
         for (at, range) in self.pieces(offset, len) {
-            if !memory.check_range(at, range.len(), Permissions::Write) {
+            if !memory.is_there(at, range.len()) {
                 return false;
             }
             writable = writable.saturating_add(range.len());
@@ -120,14 +124,14 @@ impl Frame {
     /// Writes at `offset` of the room.
     pub(crate) fn write(
         &self,
-        memory: &impl GuestMemory,
+        memory: &Near<'_, impl GuestMemoryBackend>,
         offset: u64,
         bytes: &[u8],
     ) -> Result<(), Malformed> {
         let mut written = 0_usize;
         for (at, range) in self.pieces(offset, bytes.len()) {
             let part = bytes.get(range).ok_or(Malformed)?;
-            memory.write_slice(part, at).map_err(|_| Malformed)?;
+            memory.write(part, at).map_err(|_| Malformed)?;
             written = written.saturating_add(part.len());
         }
         if written == bytes.len() { Ok(()) } else { Err(Malformed) }

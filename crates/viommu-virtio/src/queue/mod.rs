@@ -1,8 +1,8 @@
 //! The request queue: requests in ring order, answers when their steps are complete.
 
 pub(crate) mod chain;
+pub(crate) mod near;
 
-use core::ops::Deref;
 use core::task::{Context, Poll};
 use std::collections::VecDeque;
 use std::future::Future;
@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 
 use viommu::{Completion, WaitError};
 use virtio_queue::{AvailIter, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemory};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use crate::device::VirtioIommu;
 use crate::device::execute::{Executor, Requests};
 use chain::Frame;
+use near::Near;
 
 /// Times that one [`RequestQueue::process`] looks for more: a driver that goes on filling the ring does not keep it.
 const ROUNDS: usize = 4;
@@ -44,19 +45,16 @@ struct Waiting {
 }
 
 /// What is in the ring now, and the answers that are not given back.
-struct Ring<'q, M> {
-    chains: AvailIter<'q, M>,
+struct Ring<'q, 'm, M: GuestMemoryBackend> {
+    memory: &'q Near<'m, M>,
+    chains: AvailIter<'q, &'q Near<'m, M>>,
     size: u16,
     answers: &'q mut VecDeque<(u16, u32)>,
     /// As many requests are out as the ring holds, and there are more: they cannot all be requests of their own.
     overflow: bool,
 }
 
-impl<M> Requests for Ring<'_, M>
-where
-    M: Deref + Clone,
-    M::Target: GuestMemory + Sized,
-{
+impl<M: GuestMemoryBackend> Requests for Ring<'_, '_, M> {
     fn next(&mut self, frame: &mut Frame) -> Option<(u16, bool)> {
         let chain = self.chains.next()?;
         if self.answers.len() >= usize::from(self.size) {
@@ -64,7 +62,7 @@ where
             return None;
         }
         let head = chain.head_index();
-        Some((head, frame.read(chain, self.size).is_ok()))
+        Some((head, frame.read(self.memory, chain, self.size).is_ok()))
     }
 
     fn answer(&mut self, head: u16, used: u32) {
@@ -88,7 +86,11 @@ pub struct RequestQueue<M> {
     waiting: VecDeque<Waiting>,
 }
 
-impl<M: GuestAddressSpace> RequestQueue<M> {
+impl<M> RequestQueue<M>
+where
+    M: GuestAddressSpace,
+    M::M: GuestMemoryBackend,
+{
     pub(crate) fn new(device: VirtioIommu, queue: Queue, memory: M, interrupt: Interrupt) -> Self {
         Self {
             device,
@@ -109,12 +111,12 @@ impl<M: GuestAddressSpace> RequestQueue<M> {
     /// See [`QueueError`]. Requests executed before stay executed.
     pub fn process(&mut self) -> Result<bool, QueueError> {
         let memory = self.memory.memory();
-        let memory = &*memory;
+        let memory = &Near::new(&*memory);
         let mut more = false;
         for _ in 0..ROUNDS {
             self.queue.disable_notification(memory)?;
             self.execute(memory)?;
-            self.give_back(None)?;
+            self.give_back(memory, None)?;
             more = self.queue.enable_notification(memory)?;
             if !more {
                 break;
@@ -123,12 +125,12 @@ impl<M: GuestAddressSpace> RequestQueue<M> {
         Ok(more)
     }
 
-    fn execute(&mut self, memory: &M::M) -> Result<(), QueueError> {
+    fn execute(&mut self, memory: &Near<'_, M::M>) -> Result<(), QueueError> {
         let since = Instant::now();
         let before = self.answers.len();
         let size = self.queue.size();
         let Self { device, queue, frame, answers, .. } = self;
-        let mut ring = Ring { chains: queue.iter(memory)?, size, answers, overflow: false };
+        let mut ring = Ring { memory, chains: queue.iter(memory)?, size, answers, overflow: false };
         let (done, unmaps) = Executor::new(device).run(memory, &mut ring, frame);
         let overflow = ring.overflow;
         let answers = self.answers.len().saturating_sub(before);
@@ -139,9 +141,11 @@ impl<M: GuestAddressSpace> RequestQueue<M> {
     }
 
     /// Gives back what is complete, in order.
-    fn give_back(&mut self, mut cx: Option<&mut Context<'_>>) -> Result<(), QueueError> {
-        let memory = self.memory.memory();
-        let memory = &*memory;
+    fn give_back(
+        &mut self,
+        memory: &Near<'_, M::M>,
+        mut cx: Option<&mut Context<'_>>,
+    ) -> Result<(), QueueError> {
         let mut used = false;
         while let Some(first) = self.waiting.front_mut() {
             let over = match &mut cx {
@@ -173,7 +177,8 @@ impl<M: GuestAddressSpace> RequestQueue<M> {
     /// # Errors
     /// See [`QueueError`].
     pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), QueueError>> {
-        match self.give_back(Some(cx)) {
+        let memory = self.memory.memory();
+        match self.give_back(&Near::new(&*memory), Some(cx)) {
             Ok(()) if !self.waiting.is_empty() => Poll::Pending,
             outcome => Poll::Ready(outcome),
         }
@@ -188,7 +193,8 @@ impl<M: GuestAddressSpace> RequestQueue<M> {
         let start = Instant::now();
         while let Some(first) = self.waiting.front_mut() {
             first.done.wait_timeout(limit.saturating_sub(start.elapsed()))?;
-            self.give_back(None)?;
+            let memory = self.memory.memory();
+            self.give_back(&Near::new(&*memory), None)?;
         }
         Ok(())
     }
