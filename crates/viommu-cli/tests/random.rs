@@ -1,5 +1,6 @@
 //! Random requests to a small QEMU: our record agrees with every line of its log.
 
+#[expect(dead_code, reason = "each test uses a part")]
 mod common;
 
 use common::qemu::{MMIO, Qemu, READ, WRITE};

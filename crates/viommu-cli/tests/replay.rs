@@ -306,7 +306,7 @@ fn every_prefix_and_every_compression_reads_the_same() {
     let expected = replay(&plain, &[]).json();
     assert_eq!(num(&expected, "/translations/agree"), 2);
     assert_eq!(num(&expected, "/notifications/agree"), 2);
-    let same = |mut json: serde_json::Value| {
+    let same = |mut json: Value| {
         json["seconds"] = 0.into();
         json["history"]["source"] = "".into();
         json

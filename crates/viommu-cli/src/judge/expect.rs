@@ -75,7 +75,7 @@ impl Judge {
 
     /// In the order in which they count.
     fn expect_map(&mut self, domain: u32, m: &Mapping) -> Result<(), Why> {
-        if m.gpa.0 % PAGE != 0 || !m.range.is_aligned(PAGE) {
+        if !m.gpa.0.is_multiple_of(PAGE) || !m.range.is_aligned(PAGE) {
             return Err(Why::Unaligned);
         }
         if m.gpa.0.checked_add(m.range.last().0 - m.range.start().0).is_none() {

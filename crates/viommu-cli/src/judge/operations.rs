@@ -87,6 +87,8 @@ impl Judge {
             return;
         };
         if dom.lacks.touching(mapping.range).next().is_some() {
+            // The recorded VMM has something there that our record lacks.
+            self.guest.withhold();
             self.tally.refused_by_both += 1;
             return;
         }
@@ -160,14 +162,13 @@ impl Judge {
         self.tally.unmap += 1;
         (self.op.domain, self.op.range) = (domain, Some(range));
         let may_cut = Self::may_cut(self.format);
-        let dom = self.domain_named(domain, line);
-        let Some((dom, handle)) = dom.and_then(|dom| Some((dom.handle.clone()?, dom))).map(|(h, d)| (d, h))
-        else {
+        let named = self.domain_named(domain, line);
+        let Some((handle, lacks)) = named.and_then(|dom| Some((dom.handle.clone()?, &dom.lacks))) else {
             // Dead, or one of bypass.
             let _refused = self.step_unmap(domain, range);
             return;
         };
-        let sticks_out = dom.lacks.touching(range).any(|m| !range.covers(m.range));
+        let sticks_out = lacks.touching(range).any(|m| !range.covers(m.range));
         let mut removed = core::mem::take(&mut self.op.removed);
         let mut cuts = sticks_out;
         handle.for_each(range, |m| {
@@ -178,6 +179,7 @@ impl Judge {
         self.op.removed = removed;
         if sticks_out {
             // The recorded VMM meets a mapping to cut that our record lacks.
+            self.guest.withhold();
             self.op.removed.clear();
             self.op.by_lines = true;
             return;

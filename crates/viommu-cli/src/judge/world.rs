@@ -217,21 +217,21 @@ impl Judge {
             let handle = self.guest.hold(id);
             self.hear();
             let handle = Some(handle?);
-            let dom = self.make_domain(id, false);
-            (dom.handle, dom.from_before) = (handle, true);
+            self.make_domain(id, false);
             self.tally.note_from_before(id, line);
             let home = Home::Domain(self.guest.iommu(), id);
             let follower = Follower::new(&home, &self.options).ok();
-            self.domains.get_mut(&id)?.follower = follower;
+            let dom = self.domains.get_mut(&id)?;
+            (dom.handle, dom.from_before, dom.follower) = (handle, true, follower);
         }
         self.domains.get_mut(&id)
     }
 
     /// A domain that is to be: its record comes with its first endpoint.
-    pub(super) fn make_domain(&mut self, id: u32, bypass: bool) -> &mut Dom {
+    pub(super) fn make_domain(&mut self, id: u32, bypass: bool) {
         let (members, lacks) = (Vec::new(), Lacks::default());
         let dom = Dom { handle: None, bypass, members, follower: None, from_before: false, lacks };
-        self.domains.entry(id).insert_entry(dom).into_mut()
+        self.domains.insert(id, dom);
     }
 
     /// Makes the endpoint known. One more than the unit takes is not there.

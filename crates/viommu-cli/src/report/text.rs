@@ -93,6 +93,12 @@ fn model(out: &mut Page, s: &Summary) {
     for line in &d.statuses {
         out.row(line.request, &format!("{} {}", line.count, line.status));
     }
+    if d.withheld != 0 {
+        out.row(
+            "withheld",
+            &format!("{} operations that QEMU refused for what our record lacks", d.withheld),
+        );
+    }
     out.row("bypass", &format!("{} writes", d.bypass_writes));
     out.row("resets", &d.resets.to_string());
     out.row("events", &format!("{} faults reported", d.events));

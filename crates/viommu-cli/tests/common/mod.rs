@@ -1,5 +1,4 @@
 //! Runs the program, and writes logs as QEMU does.
-#![expect(dead_code, reason = "each test uses a part")]
 
 pub(crate) mod qemu;
 

@@ -255,6 +255,13 @@ impl Guest {
         }
     }
 
+    /// An operation is not made: the recorded VMM refused it for what our record lacks.
+    pub(crate) fn withhold(&mut self) {
+        if let Way::Virtio(virtio) = &mut self.way {
+            virtio.withheld += 1;
+        }
+    }
+
     /// What endpoints see that are attached to nothing. A mirror that cannot hold all of memory leaves it as it was.
     pub(crate) fn set_bypass(&mut self, on: bool) {
         match &mut self.way {

@@ -39,6 +39,8 @@ pub(crate) struct Virtio {
     bypass_writes: u64,
     resets: u64,
     faults: u64,
+    /// Operations that were not made requests.
+    pub(super) withheld: u64,
     pub(super) complaints: Vec<String>,
 }
 
@@ -56,6 +58,9 @@ pub(crate) struct DeviceLine {
     /// Requests with an answer.
     pub(crate) requests: u64,
     pub(crate) statuses: Vec<StatusLine>,
+    /// Operations of the history that were not made requests: the recorded VMM refused them for a mapping that our
+    /// record lacks.
+    pub(crate) withheld: u64,
     pub(crate) bypass_writes: u64,
     pub(crate) resets: u64,
     /// Endpoints that the history does not have, for domains from before it.
@@ -116,6 +121,7 @@ impl Virtio {
             bypass_writes: 0,
             resets: 0,
             faults: 0,
+            withheld: 0,
             complaints: Vec::new(),
         };
         virtio.start();
@@ -148,6 +154,7 @@ impl Virtio {
             device: Some(DeviceLine {
                 requests: self.answers.iter().flatten().sum(),
                 statuses: statuses.collect(),
+                withheld: self.withheld,
                 bypass_writes: self.bypass_writes,
                 resets: self.resets,
                 stand_ins: self.stand_ins,
