@@ -21,7 +21,9 @@ pub(crate) enum Command {
     /// The translations and notifications that the history records are compared with theirs, and all of them are
     /// audited every 1000 operations.
     ///
-    /// Exit status: 0 all agree, 1 something differs, 2 the input cannot be read.
+    /// With --model virtio-iommu each operation is a request to a device, whose status and used length are checked too.
+    ///
+    /// Exit status: 0 all agree, 1 something differs, 2 the input cannot be read, or not be expressed by the model.
     Replay(Replay),
     /// Writes a history in viommu's own format
     Convert(Convert),
@@ -50,7 +52,7 @@ pub(crate) struct Replay {
     /// Extents that a mirror can hold
     #[arg(long, value_name = "N")]
     pub(crate) limit_entries: Option<u32>,
-    /// How the history's operations reach the core
+    /// How the history's operations reach the core; what it comes to is the same
     #[arg(long, value_enum, default_value_t)]
     pub(crate) model: Model,
 }
@@ -79,6 +81,8 @@ pub(crate) enum Model {
     /// As steps of the record, without a device model between
     #[default]
     Direct,
+    /// As requests that a driver writes into the ring of a virtio-iommu in guest memory; accesses go through memory
+    VirtioIommu,
 }
 
 #[cfg(test)]

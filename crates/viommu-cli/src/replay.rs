@@ -25,6 +25,7 @@ pub(crate) enum Verdict {
 pub(crate) fn run(args: &Replay) -> Result<Verdict, Box<dyn std::error::Error>> {
     let mut history = input::open(args.file.as_deref())?;
     let options = Options {
+        model: args.model,
         fail_map: args.fail_map,
         fail_unmap: args.fail_unmap,
         unfence: args.unfence,

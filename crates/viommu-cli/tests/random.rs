@@ -1,9 +1,10 @@
 //! Random requests to a small QEMU: our record agrees with every line of its log.
 
+#[expect(dead_code, reason = "each test uses a part")]
 mod common;
 
 use common::qemu::{MMIO, Qemu, READ, WRITE};
-use common::{num, replay};
+use common::{num, replay, without_model};
 use proptest::prelude::*;
 use serde_json::Value;
 
@@ -169,6 +170,30 @@ proptest! {
         let run = replay(&qemu.log, &[]);
         prop_assert_eq!(run.status, 0, "{}\n{}", run.err, qemu.log);
         check(&qemu, &run.json());
+    }
+
+    #[test]
+    fn a_device_comes_to_the_same_as_the_record(
+        requests in prop::collection::vec(request(), 1..400),
+        bypass in any::<bool>(),
+        notified in prop::sample::subsequence(&ENDPOINTS[..], 0..=3),
+        options in prop::sample::select(vec![
+            vec![], vec!["--fail-map", "3"], vec!["--fail-map", "5", "--fail-unmap", "7"],
+            vec!["--fail-unmap", "4", "--unfence"], vec!["--limit-entries", "1"], vec!["--limit-entries", "4"],
+            vec!["--fail-map", "4", "--fail-unmap", "9", "--unfence", "--limit-entries", "6"],
+        ]),
+        from in 0..2_usize,
+    ) {
+        let qemu = play(&requests, bypass, &notified);
+        // From its beginning, or from the middle.
+        let lines: Vec<&str> = qemu.log.lines().collect();
+        let log = lines[lines.len() / 3 * from..].join("\n") + "\n";
+        let direct = replay(&log, &options);
+        let all: Vec<&str> = ["--model", "virtio-iommu"].into_iter().chain(options.clone()).collect();
+        let device = replay(&log, &all);
+        prop_assert_eq!(device.status, direct.status, "{:?} {}\n{}", options, device.err, log);
+        let [direct, device] = [direct, device].map(|run| without_model(run.json()));
+        prop_assert_eq!(direct, device, "{:?}\n{}", options, log);
     }
 
     #[test]

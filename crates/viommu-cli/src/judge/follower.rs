@@ -8,7 +8,7 @@ use viommu_vfio::software::{Config, Container, Failing, Faults, Plan, When};
 use viommu_vhost::software::{Iotlb, SoftwareCache};
 
 use super::Options;
-use super::told::{Recording, Told, lock};
+use super::told::{Asks, Counting, Recording, Told, lock};
 
 /// What is subscribed to.
 pub(crate) enum Home<'a> {
@@ -51,9 +51,10 @@ pub(crate) struct Follower {
     pub(crate) told: Arc<Mutex<Told>>,
     pub(crate) iotlb: Arc<Mutex<Iotlb>>,
     faults: Option<Faults>,
-    /// Of subscriptions that are over, less what this one did for no guest operation.
+    /// Of those that it succeeds, and of subscriptions that are over.
     carried: Totals,
-    skipped: Totals,
+    /// Refusals of the present subscription that have been looked at.
+    seen: u64,
     /// Times that the mirror was fenced.
     pub(crate) fences: u64,
     fence_noted: bool,
@@ -69,7 +70,7 @@ impl Follower {
             iotlb: iotlb.clone(),
             faults: None,
             carried: Totals::default(),
-            skipped: Totals::default(),
+            seen: 0,
             fences: 0,
             fence_noted: false,
         };
@@ -80,11 +81,11 @@ impl Follower {
 
     /// Subscribes a new, empty mirror in place of the one that was there.
     pub(crate) fn renew(&mut self, home: &Home<'_>, options: &Options) -> Result<(), SubscribeError> {
-        let now = self.totals();
+        let Totals { replace, refused, .. } = self.totals();
         if let Some(old) = self.mirror.take() {
             drop(old.leave());
         }
-        (self.carried, self.skipped) = (now, Totals::default());
+        (self.carried.replace, self.carried.refused, self.seen) = (replace, refused, 0);
         let config = Config {
             dma_entry_limit: options.limit_entries.unwrap_or(viommu_vfio::software::DEFAULT_DMA_ENTRY_LIMIT),
             ..Config::default()
@@ -106,13 +107,12 @@ impl Follower {
                     failing
                 }
             };
-            Box::new(failing)
+            Box::new(Counting::new(failing, self.faults.clone(), self.told.clone()))
         } else {
-            Box::new(recording)
+            Box::new(Counting::new(recording, None, self.told.clone()))
         };
-        self.guest_asks(false);
+        self.asks(Asks::NOTHING);
         self.mirror = Some(home.mirror(mirror)?);
-        self.skip_from(Totals::default());
         self.fence_noted = false;
         Ok(())
     }
@@ -125,33 +125,16 @@ impl Follower {
         newly
     }
 
-    /// Whether what comes is asked for by a guest operation and recorded by a VMM: written down, counted, and refused
-    /// as planned.
-    pub(crate) fn guest_asks(&self, asks: bool) {
-        lock(&self.told).listening = asks;
-        if let Some(faults) = &self.faults {
-            faults.arm(asks);
-        }
+    /// What of that which comes is asked for by a guest operation and recorded by a VMM: written down, counted, and
+    /// refused as planned.
+    pub(crate) fn asks(&self, asks: Asks) {
+        lock(&self.told).asks = asks;
     }
 
-    /// All calls of the present subscription.
-    pub(crate) fn raw(&self) -> Totals {
-        let counts = self.mirror.as_ref().map(Subscription::counts).unwrap_or_default();
-        Totals {
-            map: counts.map,
-            unmap: counts.unmap,
-            replace: counts.replace,
-            refused: counts.refused,
-            replayed: 0,
-        }
-    }
-
-    /// What came since `before` was asked for by no guest operation.
-    pub(crate) fn skip_from(&mut self, before: Totals) {
-        let now = self.raw();
-        self.skipped.map += now.map.saturating_sub(before.map);
-        self.skipped.unmap += now.unmap.saturating_sub(before.unmap);
-        self.carried.replayed += now.map.saturating_sub(before.map);
+    /// Whether the mirror has refused anything since this was asked last.
+    pub(crate) fn newly_refused(&mut self) -> bool {
+        let now = self.mirror.as_ref().map_or(0, |mirror| mirror.counts().refused);
+        now > core::mem::replace(&mut self.seen, now)
     }
 
     /// Takes over what another did before it.
@@ -169,22 +152,19 @@ impl Follower {
     }
 
     pub(crate) fn totals(&self) -> Totals {
-        let raw = self.raw();
+        let counts = self.mirror.as_ref().map(Subscription::counts).unwrap_or_default();
+        let told = lock(&self.told);
         Totals {
-            map: (self.carried.map + raw.map).saturating_sub(self.skipped.map),
-            unmap: (self.carried.unmap + raw.unmap).saturating_sub(self.skipped.unmap),
-            replace: self.carried.replace + raw.replace,
-            refused: self.carried.refused + raw.refused,
-            replayed: self.carried.replayed,
+            map: self.carried.map + told.map,
+            unmap: self.carried.unmap + told.unmap,
+            replace: self.carried.replace + counts.replace,
+            refused: self.carried.refused + counts.refused,
+            replayed: self.carried.replayed + told.replayed,
         }
     }
 
     pub(crate) fn held(&self) -> u64 {
         if self.is_fenced() { 0 } else { self.mirror.as_ref().map_or(0, |mirror| mirror.counts().held) }
-    }
-
-    pub(crate) fn mirror_is(&self, subscription: u64) -> bool {
-        self.mirror.as_ref().is_some_and(|mirror| mirror.id() == subscription)
     }
 
     pub(crate) fn is_fenced(&self) -> bool {

@@ -1,8 +1,10 @@
 //! Follows a history through the core, and checks all that can be checked.
 
 mod audits;
+mod expect;
 mod extents;
 mod follower;
+mod guest;
 mod lacks;
 mod moves;
 mod notifications;
@@ -20,11 +22,14 @@ use viommu_trace::{Entry, Event, Format, Region};
 pub(crate) use summary::{Read, Summary};
 pub(crate) use world::Judge;
 
+use crate::args::Model;
 use crate::report::stats::Stats;
 
 /// What the replay is asked to do besides.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Options {
+    /// How operations reach the record.
+    pub(crate) model: Model,
     /// Each mirror refuses every n-th map that a guest operation asks of it.
     pub(crate) fail_map: Option<NonZeroU64>,
     /// Each mirror fails every n-th unmap that a guest operation asks of it.
@@ -87,6 +92,8 @@ impl Judge {
         self.finish_operation(true);
         self.resolve_all();
         self.audit_all();
+        self.guest.end_of_history();
+        self.hear();
     }
 
     /// The statistics for the report, if they were asked for.

@@ -3,10 +3,12 @@
 use core::ops::ControlFlow;
 
 use viommu::endpoint::{Region, RegionKind};
-use viommu::{Access, AttachErrorKind, Iova, IovaRange, ResetKind, Target, View};
+use viommu::{Access, Iova, IovaRange, Target, View};
 use viommu_trace::{Reserved, Reset};
 
 use super::follower::Home;
+use super::guest::Why;
+use super::told::Asks;
 use super::world::{Judge, Kind, Place, x86_msi};
 
 const REATTACH: &str = "an attach of a domain's only endpoint to it again drops its mappings";
@@ -18,30 +20,52 @@ impl Judge {
         self.tally.attach += 1;
         (self.op.domain, self.op.endpoint) = (domain, endpoint);
         let Some(ep) = self.ensure_endpoint(endpoint) else { return };
-        if let Place::In(old) = ep.place {
-            let drops = self.domains.get(&old).is_some_and(|dom| {
-                let full = dom.handle.as_ref().is_some_and(|handle| !handle.is_empty());
-                dom.members == [endpoint] && (full || !dom.lacks.is_empty())
-            });
-            if old == domain && drops {
-                self.tally.deviate(REATTACH);
-            }
-            self.leave(endpoint, old);
+        let mut old = if let Place::In(old) = ep.place { Some(old) } else { None };
+        if old == Some(domain) {
+            self.attach_again(endpoint, domain);
+            old = None;
         }
         self.known.insert(domain);
         self.op.existed = self.domains.contains_key(&domain);
-        if !self.op.existed && self.make_domain(domain, bypass).is_none() {
-            return;
+        if !self.op.existed {
+            self.make_domain(domain, bypass);
         }
+        let live = old.map(|old| self.prepare_to_leave(endpoint, old));
         self.join(endpoint, domain, true);
+        if let (Some(old), Some(live)) = (old, live) {
+            if self.guest.attached(endpoint) == Some(old) {
+                // It was refused, and is where it was; not so in the log.
+                self.take_out(endpoint, old);
+                if let Some(ep) = self.endpoints.get_mut(&endpoint) {
+                    ep.lost = true;
+                }
+            }
+            self.forget_member(endpoint, old, live);
+        }
     }
 
-    /// Puts an endpoint that is in no domain into one. Where a mirror waited for an endpoint, this is it.
+    /// An ATTACH to where the endpoint is changes nothing for our device. QEMU takes it out and puts it in again.
+    fn attach_again(&mut self, endpoint: u32, domain: u32) {
+        let Some(dom) = self.domains.get(&domain) else { return };
+        let full = dom.handle.as_ref().is_some_and(|handle| !handle.is_empty());
+        if dom.members == [endpoint] && (full || !dom.lacks.is_empty()) {
+            self.tally.deviate(REATTACH);
+        }
+        if self.guest.attached(endpoint) == Some(domain) {
+            let bypass = dom.bypass;
+            if let Err(why) = self.step_attach(endpoint, domain, bypass) {
+                let line = self.op.line;
+                self.tally.differ(line, || format!("an attach to where it is: {why:?}"));
+            }
+        }
+        self.leave(endpoint, domain);
+    }
+
+    /// Puts an endpoint into a domain. Where a mirror waited for an endpoint, this is it.
     pub(super) fn join(&mut self, endpoint: u32, domain: u32, asked: bool) {
         let Some(dom) = self.domains.get_mut(&domain) else { return };
         let waiting = dom.follower.take();
         dom.members.push(endpoint);
-        let bypass = dom.handle.is_none();
         if let Some(ep) = self.endpoints.get_mut(&endpoint) {
             ep.place = Place::In(domain);
             if let Some(waiting) = waiting {
@@ -49,96 +73,96 @@ impl Judge {
                 ep.follower.fences += waiting.fences;
             }
         }
-        if bypass {
-            self.go(endpoint, View::Identity, false);
-        } else {
-            self.go(endpoint, View::Domain(domain), asked);
-        }
+        self.go(endpoint, domain, asked);
     }
 
-    /// As the log has it, and as no guest operation asks for it.
-    pub(super) fn go_unasked(&mut self, endpoint: u32, domain: Option<u32>) {
-        match domain {
-            Some(id) if self.domains.get(&id).is_some_and(|dom| dom.handle.is_some()) => {
-                self.go(endpoint, View::Domain(id), false);
-            }
-            _ => self.go(endpoint, View::Identity, false),
-        }
-    }
-
-    /// Brings an endpoint to a view by way of nothing, so that its mirror is told of one address space at a time.
-    /// `asked`: a guest operation asks for it, and the recorded VMM tells its own subscribers.
-    fn go(&mut self, endpoint: u32, to: View, asked: bool) {
-        self.block(endpoint, asked);
-        let Some(ep) = self.endpoints.get_mut(&endpoint) else { return };
-        let asked = asked && matches!(to, View::Domain(_));
-        let before = ep.follower.raw();
-        ep.follower.guest_asks(asked);
-        let outcome = match to {
-            View::Domain(domain) => ep.handle.attach(domain),
-            View::Identity => ep.handle.attach_identity(),
-            View::Blocked => ep.handle.block(),
-        };
-        ep.follower.guest_asks(false);
-        if !asked {
-            ep.follower.skip_from(before);
-        }
-        ep.translated = outcome.is_ok() && matches!(to, View::Domain(_));
-        ep.lost = outcome.is_err();
-        match outcome {
-            Ok(done) => self.settle(done),
-            Err(error) => {
-                let told = ep.regions_told;
-                let reserved = matches!(error.kind, AttachErrorKind::Reserved { .. });
-                if !told && reserved && !ep.handle.regions().is_empty() {
-                    return self.rebuild_endpoint(endpoint, Vec::new());
-                }
-                if matches!(error.kind, AttachErrorKind::Unreachable { .. }) {
-                    ep.follower.refused_ahead();
-                }
-                if asked {
-                    self.tally.refused_here += 1;
-                }
-            }
-        }
-        self.after_step();
-    }
-
-    /// Takes all away from an endpoint.
-    fn block(&mut self, endpoint: u32, asked: bool) {
+    /// The endpoint is about to see something else.
+    fn involve(&mut self, endpoint: u32) {
         if !self.op.involved.contains(&endpoint) {
             self.op.involved.push(endpoint);
         }
-        let Some(ep) = self.endpoints.get_mut(&endpoint) else { return };
-        if ep.lost && !self.op.absent.contains(&endpoint) {
+        let lost = self.endpoints.get(&endpoint).is_some_and(|ep| ep.lost);
+        if lost && !self.op.absent.contains(&endpoint) {
             self.op.absent.push(endpoint);
         }
-        let view = ep.handle.view();
-        if ep.handle.attached() == Some(View::Blocked) && !ep.follower.is_fenced() {
-            return;
+    }
+
+    /// Attaches an endpoint to a domain that it is a member of, as one step from wherever it is. `asked`: a guest
+    /// operation asks for it, and the recorded VMM tells its own subscribers.
+    pub(super) fn go(&mut self, endpoint: u32, domain: u32, asked: bool) {
+        self.involve(endpoint);
+        let Some(bypass) = self.domains.get(&domain).map(|dom| dom.bypass) else { return };
+        let Some(ep) = self.endpoints.get_mut(&endpoint) else { return };
+        // All of memory is nothing that the recorded VMM tells of.
+        let sees_domain = matches!(ep.handle.view(), Some(View::Domain(_)));
+        ep.follower.asks(Asks { maps: asked && !bypass, unmaps: asked && sees_domain });
+        let outcome = self.step_attach(endpoint, domain, bypass);
+        let Some(ep) = self.endpoints.get_mut(&endpoint) else { return };
+        ep.follower.asks(Asks::NOTHING);
+        ep.translated = outcome.is_ok() && !bypass;
+        ep.lost = outcome.is_err();
+        let (regions_told, regions) = (ep.regions_told, ep.regions.len());
+        if outcome == Err(Why::Unreachable) {
+            ep.follower.refused_ahead();
         }
-        let asked = asked && matches!(view, Some(View::Domain(_)));
-        ep.translated = false;
-        let before = ep.follower.raw();
-        ep.follower.guest_asks(asked);
-        // Who is fenced can only be detached; it sees nothing anyway.
-        let fenced = ep.follower.is_fenced();
-        let outcome = if fenced { ep.handle.detach() } else { ep.handle.block() };
-        ep.follower.guest_asks(false);
-        if !asked {
-            ep.follower.skip_from(before);
+        if outcome.is_ok() {
+            self.guest.release(domain);
+        } else if !bypass {
+            // The log has the endpoint there, and mappings to come.
+            self.guest.hold(domain);
         }
-        self.settle_or(outcome.map_err(|error| error.to_string()), "taking a view away");
+        self.hear();
+        let record = self.guest.domain(domain);
+        if let Some(dom) = self.domains.get_mut(&domain) {
+            dom.handle = record;
+        }
+        if outcome == Err(Why::Reserved) && !regions_told && regions != 0 {
+            return self.rebuild_endpoint(endpoint, Vec::new());
+        }
+        if asked && outcome.is_err() && !bypass {
+            self.tally.refused_here += 1;
+        }
         self.after_step();
     }
 
-    /// Takes an endpoint out of its domain, which dies with its last. Its own next view comes after this.
-    fn leave(&mut self, endpoint: u32, domain: u32) {
+    /// What there is to note before an endpoint leaves a domain. Gives the mappings that go if it is the last one.
+    fn prepare_to_leave(&mut self, endpoint: u32, domain: u32) -> u64 {
         self.note_quiet(domain);
-        self.block(endpoint, true);
+        self.involve(endpoint);
+        let Some(dom) = self.domains.get(&domain) else { return 0 };
+        if !dom.bypass && dom.members.iter().any(|member| *member != endpoint) {
+            // Others are in it by the log, also such as were refused here.
+            self.guest.keep(domain, endpoint);
+        }
+        dom.handle.as_ref().map_or(0, |handle| handle.len() as u64)
+    }
+
+    /// Detaches an endpoint, if it is in that domain here.
+    fn take_out(&mut self, endpoint: u32, domain: u32) {
+        let Some(ep) = self.endpoints.get_mut(&endpoint) else { return };
+        let sees_domain = matches!(ep.handle.view(), Some(View::Domain(_)));
+        ep.follower.asks(Asks { maps: false, unmaps: sees_domain });
+        let outcome = self.step_detach(endpoint, domain);
+        if let Some(ep) = self.endpoints.get_mut(&endpoint) {
+            ep.follower.asks(Asks::NOTHING);
+            ep.translated = false;
+            ep.lost = ep.follower.is_fenced() || matches!(outcome, Err(why) if why != Why::NotAttached);
+        }
+        self.after_step();
+    }
+
+    /// Takes an endpoint out of its domain, which dies with its last.
+    fn leave(&mut self, endpoint: u32, domain: u32) {
+        let live = self.prepare_to_leave(endpoint, domain);
+        self.take_out(endpoint, domain);
         if let Some(ep) = self.endpoints.get_mut(&endpoint) {
             ep.place = Place::Nowhere;
         }
+        self.forget_member(endpoint, domain, live);
+    }
+
+    /// A domain without members is no more.
+    fn forget_member(&mut self, endpoint: u32, domain: u32, live: u64) {
         let Some(dom) = self.domains.get_mut(&domain) else { return };
         dom.members.retain(|member| *member != endpoint);
         if dom.members.is_empty() {
@@ -146,7 +170,7 @@ impl Judge {
             if dom.from_before {
                 self.known.remove(&domain);
             }
-            self.destroy(domain);
+            self.destroy(domain, live);
         }
     }
 
@@ -165,17 +189,16 @@ impl Judge {
         }
     }
 
-    fn destroy(&mut self, domain: u32) {
+    /// Nothing of a domain is left, which had so many mappings.
+    fn destroy(&mut self, domain: u32, live: u64) {
         let Some(mut dom) = self.domains.remove(&domain) else { return };
         let lost = dom.lacks.take_all();
         self.op.lost.extend(lost);
-        if let (Some(handle), Some(stats)) = (&dom.handle, &mut self.stats) {
-            stats.dropped(handle.len() as u64);
+        if let Some(stats) = &mut self.stats {
+            stats.dropped(live);
         }
-        if dom.handle.take().is_some() {
-            let gone = self.iommu.destroy_domain(domain).map_err(|error| error.to_string());
-            self.settle_or(gone, "the end of a domain");
-        }
+        self.guest.release(domain);
+        self.hear();
     }
 
     pub(super) fn detach(&mut self, line: u64, domain: u32, endpoint: u32) {
@@ -191,26 +214,17 @@ impl Judge {
                     self.tally.note_found(endpoint, domain, line);
                     self.join(endpoint, domain, false);
                     self.leave(endpoint, domain);
-                } else if let Some(ep) = self.endpoints.get_mut(&endpoint) {
-                    ep.place = Place::Nowhere;
+                } else {
+                    let _refused = self.step_detach(endpoint, domain);
+                    if let Some(ep) = self.endpoints.get_mut(&endpoint) {
+                        ep.place = Place::Nowhere;
+                    }
                 }
             }
             // A domain that it is not in: refused by the recorded VMM and here.
-            _ => return,
-        }
-        self.unattach(endpoint);
-    }
-
-    /// What an endpoint sees that nothing is attached to.
-    fn unattach(&mut self, endpoint: u32) {
-        let Some(ep) = self.endpoints.get_mut(&endpoint) else { return };
-        let before = ep.follower.raw();
-        let outcome = ep.handle.detach();
-        ep.follower.skip_from(before);
-        ep.lost = ep.follower.is_fenced();
-        match outcome {
-            Ok(done) => self.settle(done),
-            Err(_) => ep.lost = true,
+            _ => {
+                let _refused = self.step_detach(endpoint, domain);
+            }
         }
     }
 
@@ -219,37 +233,30 @@ impl Judge {
         self.tally.resets += 1;
         let domains: Vec<u32> = self.domains.keys().copied().collect();
         domains.iter().for_each(|domain| self.note_quiet(*domain));
+        if let Some(stats) = &mut self.stats {
+            let records = self.domains.values().filter_map(|dom| dom.handle.as_ref());
+            records.for_each(|record| stats.dropped(record.len() as u64));
+        }
         let endpoints: Vec<u32> = self.endpoints.keys().copied().collect();
         for id in &endpoints {
-            let placed = self.endpoints.get_mut(id).is_some_and(|ep| {
-                let placed = matches!(ep.place, Place::In(_));
-                ep.place = Place::Nowhere;
-                placed
-            });
+            let Some(ep) = self.endpoints.get_mut(id) else { continue };
+            let placed = matches!(ep.place, Place::In(_));
+            ep.place = Place::Nowhere;
+            let sees_domain = matches!(ep.handle.view(), Some(View::Domain(_)));
+            ep.follower.asks(Asks { maps: false, unmaps: placed && sees_domain });
             if placed {
-                self.block(*id, true);
+                self.involve(*id);
             }
         }
-        let befores: Vec<_> = self.endpoints.values().map(|ep| ep.follower.raw()).collect();
-        match self.iommu.reset(ResetKind::Device) {
-            Ok(reset) => self.settle(reset.completion),
-            Err(error) => self.settle(error.completion),
-        }
-        for (ep, before) in self.endpoints.values_mut().zip(befores) {
-            ep.follower.skip_from(before);
-            let fenced = ep.follower.is_fenced();
-            ep.lost = fenced;
-        }
-        for domain in domains {
-            if let (Some(dom), Some(stats)) = (self.domains.get(&domain), &mut self.stats) {
-                stats.dropped(dom.handle.as_ref().map_or(0, |handle| handle.len()) as u64);
-            }
-            // The unit has dropped it, if nothing that is fenced held it.
-            if self.iommu.domain(domain).is_some() {
-                drop(self.iommu.destroy_domain(domain));
-            }
+        self.guest.reset();
+        self.hear();
+        for ep in self.endpoints.values_mut() {
+            ep.follower.asks(Asks::NOTHING);
+            ep.translated = false;
+            ep.lost = ep.follower.is_fenced();
         }
         self.domains.clear();
+        self.after_step();
         if matches!(reset, Reset::System) {
             self.set_bypass(self.boot_bypass);
         }
@@ -267,7 +274,6 @@ impl Judge {
         }
         if self.endpoints.get(&endpoint).is_some_and(|ep| ep.place == Place::In(domain)) {
             self.leave(endpoint, domain);
-            self.unattach(endpoint);
         }
     }
 
@@ -282,12 +288,18 @@ impl Judge {
             return; // dropped and made again, as followed
         }
         let Some(dom) = self.domains.get(&domain) else { return };
-        self.known.insert(domain);
         for endpoint in dom.members.clone() {
             self.leave(endpoint, domain);
-            self.unattach(endpoint);
         }
-        self.destroy(domain);
+        self.known.insert(domain);
+        self.destroy_live(domain);
+    }
+
+    /// The end of a domain that no endpoint is known in.
+    fn destroy_live(&mut self, domain: u32) {
+        let record = self.domains.get(&domain).and_then(|dom| dom.handle.as_ref());
+        let live = record.map_or(0, |record| record.len() as u64);
+        self.destroy(domain, live);
     }
 
     /// The recorded VMM made the domain: what we had under its number from before is gone.
@@ -301,15 +313,11 @@ impl Judge {
         let members = self.domains.get(&domain).map(|dom| dom.members.clone()).unwrap_or_default();
         for member in members {
             self.leave(member, domain);
-            if member != endpoint {
-                self.unattach(member);
-            }
         }
-        self.destroy(domain);
-        if self.make_domain(domain, false).is_some() {
-            self.known.insert(domain);
-            self.join(endpoint, domain, true);
-        }
+        self.destroy_live(domain);
+        self.make_domain(domain, false);
+        self.known.insert(domain);
+        self.join(endpoint, domain, true);
     }
 
     /// A switch tells of the operation's own endpoint where it went, and of one without a domain what bypass is.
@@ -341,12 +349,14 @@ impl Judge {
                 let Some(dom) = self.domains.get_mut(&domain) else { return };
                 if dom.handle.as_ref().is_some_and(|handle| handle.is_empty()) {
                     let members = dom.members.clone();
-                    members.iter().for_each(|member| self.go(*member, View::Identity, false));
-                    if let Some(dom) = self.domains.get_mut(&domain) {
-                        dom.handle = None;
+                    dom.handle = None;
+                    dom.bypass = true;
+                    for member in &members {
+                        self.take_out(*member, domain);
                     }
-                    let gone = self.iommu.destroy_domain(domain).map_err(|error| error.to_string());
-                    self.settle_or(gone, "a bypass domain");
+                    self.guest.release(domain);
+                    self.hear();
+                    members.iter().for_each(|member| self.go(*member, domain, false));
                 }
             }
             Kind::Detach if self.endpoints.get(&endpoint).is_some_and(|ep| ep.place == Place::Nowhere) => {
@@ -357,20 +367,18 @@ impl Judge {
     }
 
     pub(super) fn bypass(&mut self, on: bool) {
-        if self.iommu.bypass() != on {
+        if self.guest.iommu().bypass() != on {
             self.set_bypass(on);
         }
     }
 
     fn set_bypass(&mut self, on: bool) {
-        let befores: Vec<_> = self.endpoints.values().map(|ep| ep.follower.raw()).collect();
-        match self.iommu.set_bypass(on) {
-            Ok(done) => self.settle(done),
-            // A mirror that cannot hold all of memory: its endpoint stays without it.
-            Err(error) => self.settle(error.completion),
-        }
-        for (ep, before) in self.endpoints.values_mut().zip(befores) {
-            ep.follower.skip_from(before);
+        self.guest.set_bypass(on);
+        self.hear();
+        // A mirror of few extents may have no room for all of memory.
+        if self.guest.iommu().bypass() != on && self.options.limit_entries.is_none() {
+            let line = self.op.line;
+            self.tally.differ(line, || format!("bypass is not {on} after it was written"));
         }
         self.after_step();
     }
@@ -383,13 +391,13 @@ impl Judge {
         let Some(range) = IovaRange::new(Iova(start), Iova(last)) else { return };
         let kind = if kind == Reserved::Msi { RegionKind::Msi } else { RegionKind::Reserved };
         let region = Region { range, kind };
-        let mut regions = if ep.regions_told { ep.handle.regions() } else { Vec::new() };
+        let mut regions = if ep.regions_told { ep.regions.clone() } else { Vec::new() };
         ep.regions_told = true;
         if regions.iter().any(|old| old.range.overlaps(range)) {
             return; // told before
         }
         regions.push(region);
-        if regions != ep.handle.regions() {
+        if regions != ep.regions {
             self.rebuild_endpoint(endpoint, regions);
         }
     }
@@ -397,9 +405,8 @@ impl Judge {
     /// Whether x86's MSI region was only assumed for an endpoint of the domain; if so, it is assumed no more.
     pub(super) fn forget_assumed(&mut self, domain: u32) -> bool {
         let Some(dom) = self.domains.get(&domain) else { return false };
-        let assumed = |id: &u32| {
-            self.endpoints.get(id).is_some_and(|ep| !ep.regions_told && ep.handle.regions() == [x86_msi()])
-        };
+        let assumed =
+            |id: &u32| self.endpoints.get(id).is_some_and(|ep| !ep.regions_told && ep.regions == [x86_msi()]);
         let whose: Vec<u32> = dom.members.iter().copied().filter(assumed).collect();
         for id in &whose {
             self.rebuild_endpoint(*id, Vec::new());
@@ -412,7 +419,7 @@ impl Judge {
         if !self.options.fails() {
             return;
         }
-        let Self { endpoints, domains, op, tally, options, iommu, .. } = self;
+        let Self { endpoints, domains, op, tally, options, guest, .. } = self;
         for (id, ep) in endpoints.iter_mut().filter(|(_, ep)| ep.follower.is_fenced()) {
             if ep.follower.newly_fenced() {
                 tally.fences += 1;
@@ -420,7 +427,12 @@ impl Judge {
             }
             ep.lost = true;
             if options.unfence && ep.follower.renew(&Home::Endpoint(&ep.handle), options).is_ok() {
-                ep.lost = !ep.is_in_place();
+                let bypass = |domain| domains.get(&domain).is_some_and(|dom| dom.bypass);
+                ep.lost = match ep.place {
+                    Place::In(domain) if bypass(domain) => ep.handle.view() != Some(View::Identity),
+                    Place::In(domain) => ep.handle.view() != Some(View::Domain(domain)),
+                    Place::Unknown | Place::Nowhere => false,
+                };
             }
         }
         let waiting = domains.iter_mut().filter_map(|(id, dom)| Some((*id, dom.follower.as_mut()?)));
@@ -428,7 +440,7 @@ impl Judge {
             tally.fences += u64::from(follower.newly_fenced());
             if options.unfence {
                 // Left fenced where it is refused.
-                let _ = follower.renew(&Home::Domain(iommu, id), options);
+                let _ = follower.renew(&Home::Domain(guest.iommu(), id), options);
             }
         }
     }

@@ -2,9 +2,11 @@
 
 use core::ops::ControlFlow;
 
-use viommu::{IovaRange, Mapping, StepErrorKind, Target};
+use viommu::{IovaRange, Mapping, Target};
 
+use super::guest::Why;
 use super::lacks::Lacks;
+use super::told::Asks;
 use super::world::{Judge, Kind, Op};
 
 const PART_OF_A_PAGE: &str = "a map that is not whole pages is accepted";
@@ -59,17 +61,17 @@ impl Judge {
         self.audit_now_and_then();
     }
 
-    fn listen(&mut self, domain: u32, asks: bool) {
+    fn listen(&mut self, domain: u32, asks: Asks) {
         let Some(dom) = self.domains.get(&domain) else { return };
         for id in &dom.members {
             if let Some(ep) = self.endpoints.get(id) {
-                ep.follower.guest_asks(asks);
+                ep.follower.asks(asks);
             }
         }
         if let Some(waiting) = &dom.follower {
-            waiting.guest_asks(asks);
+            waiting.asks(asks);
         }
-        if asks {
+        if asks != Asks::NOTHING {
             self.op.involved.clone_from(&dom.members);
         }
     }
@@ -79,24 +81,28 @@ impl Judge {
         self.tally.map += 1;
         (self.op.domain, self.op.range) = (domain, Some(mapping.range));
         let Some(dom) = self.domain_named(domain, line).filter(|dom| dom.handle.is_some()) else {
-            self.tally.refused_by_both += 1; // a domain that is dead, or one of bypass
+            // A domain that is dead, or one of bypass.
+            let refused = self.step_map(domain, mapping).is_err();
+            self.tally.refused_by_both += u64::from(refused);
             return;
         };
         if dom.lacks.touching(mapping.range).next().is_some() {
+            // The recorded VMM has something there that our record lacks.
+            self.guest.withhold();
             self.tally.refused_by_both += 1;
             return;
         }
         self.reach_memory(&mapping);
-        self.listen(domain, true);
+        self.listen(domain, Asks::ALL);
         let outcome = self.step_map(domain, mapping);
         let outcome = match outcome {
-            Err(StepErrorKind::Reserved { .. }) if self.forget_assumed(domain) => {
-                self.listen(domain, true);
+            Err(Why::Reserved) if self.forget_assumed(domain) => {
+                self.listen(domain, Asks::ALL);
                 self.step_map(domain, mapping)
             }
             outcome => outcome,
         };
-        self.listen(domain, false);
+        self.listen(domain, Asks::NOTHING);
         let deviation = match outcome {
             Ok(()) => {
                 if let Some(stats) = &mut self.stats {
@@ -105,27 +111,29 @@ impl Judge {
                 self.after_step();
                 return;
             }
-            Err(StepErrorKind::Overlap { .. }) => {
+            Err(Why::Overlap) => {
                 // QEMU looks for overlaps alone; where our record has other reasons too, they come before this one.
                 self.tally.refused_by_both += 1;
                 return;
             }
-            Err(StepErrorKind::Refused { subscription, .. }) => {
-                let _ = subscription; // its own count has it
+            Err(Why::Refused) => {
+                // The mirror's own count has it.
                 self.tally.refused_here += 1;
                 None
             }
-            Err(StepErrorKind::Unreachable { subscription, .. }) => {
+            Err(Why::Unreachable) => {
                 self.tally.refused_here += 1;
-                self.refused_ahead(domain, subscription);
+                if let Some(follower) = self.first_full(domain, &mapping) {
+                    follower.refused_ahead();
+                }
                 None
             }
-            Err(StepErrorKind::Unaligned { .. }) => Some(PART_OF_A_PAGE),
-            Err(StepErrorKind::OutOfRange { .. }) => Some(PAST_THE_END),
-            Err(StepErrorKind::Reserved { .. }) => Some(OVER_A_REGION),
-            Err(StepErrorKind::Cap(_)) => Some(NO_ROOM),
+            Err(Why::Unaligned) => Some(PART_OF_A_PAGE),
+            Err(Why::OutOfRange) => Some(PAST_THE_END),
+            Err(Why::Reserved) => Some(OVER_A_REGION),
+            Err(Why::Cap) => Some(NO_ROOM),
             Err(other) => {
-                self.tally.differ(line, || format!("our record refuses the map: {other}"));
+                self.tally.differ(line, || format!("our record refuses the map: {other:?}"));
                 None
             }
         };
@@ -143,39 +151,10 @@ impl Judge {
         }
     }
 
-    fn step_map(&mut self, domain: u32, mapping: Mapping) -> Result<(), StepErrorKind> {
-        let Some(handle) = self.domains.get(&domain).and_then(|dom| dom.handle.as_ref()) else {
-            return Err(StepErrorKind::Gone(viommu::Space::Domain(domain)));
-        };
-        match handle.map(mapping) {
-            Ok(done) => {
-                self.settle(done);
-                Ok(())
-            }
-            Err(error) => {
-                self.settle(error.completion);
-                Err(error.kind)
-            }
-        }
-    }
-
     fn record_touches(&self, domain: u32, range: IovaRange) -> bool {
         let handle = self.domains.get(&domain).and_then(|dom| dom.handle.as_ref());
         let next = handle.and_then(|handle| handle.next_mapping(range.start()));
         next.is_some_and(|m| m.range.overlaps(range))
-    }
-
-    /// A mirror was known to refuse before it was asked.
-    fn refused_ahead(&mut self, domain: u32, subscription: u64) {
-        let Some(dom) = self.domains.get_mut(&domain) else { return };
-        if let Some(waiting) = dom.follower.as_mut().filter(|f| f.mirror_is(subscription)) {
-            waiting.refused_ahead();
-        }
-        for id in &dom.members {
-            if let Some(ep) = self.endpoints.get_mut(id).filter(|ep| ep.follower.mirror_is(subscription)) {
-                ep.follower.refused_ahead();
-            }
-        }
     }
 
     pub(super) fn unmap(&mut self, line: u64, domain: u32, range: IovaRange) {
@@ -183,9 +162,13 @@ impl Judge {
         self.tally.unmap += 1;
         (self.op.domain, self.op.range) = (domain, Some(range));
         let may_cut = Self::may_cut(self.format);
-        let Some(dom) = self.domain_named(domain, line) else { return };
-        let Some(handle) = dom.handle.clone() else { return };
-        let sticks_out = dom.lacks.touching(range).any(|m| !range.covers(m.range));
+        let named = self.domain_named(domain, line);
+        let Some((handle, lacks)) = named.and_then(|dom| Some((dom.handle.clone()?, &dom.lacks))) else {
+            // Dead, or one of bypass.
+            let _refused = self.step_unmap(domain, range);
+            return;
+        };
+        let sticks_out = lacks.touching(range).any(|m| !range.covers(m.range));
         let mut removed = core::mem::take(&mut self.op.removed);
         let mut cuts = sticks_out;
         handle.for_each(range, |m| {
@@ -196,38 +179,30 @@ impl Judge {
         self.op.removed = removed;
         if sticks_out {
             // The recorded VMM meets a mapping to cut that our record lacks.
+            self.guest.withhold();
             self.op.removed.clear();
             self.op.by_lines = true;
             return;
         }
-        self.listen(domain, true);
-        let outcome = match handle.unmap(range) {
-            Ok(done) => {
-                self.settle(done);
-                Ok(())
-            }
-            Err(error) => {
-                self.settle(error.completion);
-                Err(error.kind)
-            }
-        };
-        self.listen(domain, false);
+        self.listen(domain, Asks::ALL);
+        let outcome = self.step_unmap(domain, range);
+        self.listen(domain, Asks::NOTHING);
         match outcome {
             Ok(()) if !cuts || may_cut => self.unmapped_here(domain, range),
             Ok(()) => {
                 self.tally.differ(line, || format!("our record cut a mapping for the unmap of {range}"))
             }
-            Err(StepErrorKind::Cut { .. }) if cuts => {
+            Err(Why::Cut) if cuts => {
                 self.op.removed.clear();
                 self.op.by_lines = true;
             }
-            Err(StepErrorKind::Unaligned { .. }) => {
+            Err(Why::Unaligned) => {
                 self.op.removed.clear();
                 self.op.by_lines = true;
             }
             Err(other) => {
                 self.op.removed.clear();
-                self.tally.differ(line, || format!("our record refuses the unmap of {range}: {other}"));
+                self.tally.differ(line, || format!("our record refuses the unmap of {range}: {other:?}"));
             }
         }
         self.after_step();
@@ -287,10 +262,12 @@ impl Judge {
         }
         let handle = dom.handle.clone()?;
         let found = handle.next_mapping(range.start()).filter(|m| m.range == range)?;
-        self.listen(domain, true);
-        let outcome = handle.unmap(range).map_err(|error| error.kind.to_string());
-        self.settle_or(outcome, "a removal that the log shows");
-        self.listen(domain, false);
+        self.listen(domain, Asks::ALL);
+        if let Err(why) = self.step_unmap(domain, range) {
+            let line = self.op.line;
+            self.tally.differ(line, || format!("a removal that the log shows: {why:?}"));
+        }
+        self.listen(domain, Asks::NOTHING);
         self.tally.removed += 1;
         if found.target == Target::Mmio || found.access.is_empty() {
             self.op.quiet.push(found);

@@ -6,12 +6,14 @@ use serde::Serialize;
 use viommu::{IovaRange, View};
 
 use super::follower::Follower;
+use super::guest::ModelLine;
 use super::tally::{Answers, Silent};
 use super::world::Judge;
 
 /// All of it.
 #[derive(Debug, Serialize)]
 pub(crate) struct Summary {
+    pub(crate) model: ModelLine,
     pub(crate) history: HistoryLine,
     pub(crate) record: Record,
     pub(crate) translations: Translations,
@@ -200,6 +202,7 @@ impl Judge {
             EndpointLine { id: *id, view, domain }
         });
         Summary {
+            model: self.guest.line(),
             history: self.history_line(&read),
             record: Record { domains: self.domain_lines(), endpoints: endpoints.collect() },
             translations: Translations {

@@ -37,17 +37,19 @@ pub(super) struct Pending {
 impl Judge {
     fn ask_record(&mut self, endpoint: u32, iova: Iova, access: Access) -> Ours {
         let Some(ep) = self.endpoints.get_mut(&endpoint) else { return Ours::Fault };
-        let answer = ep.reader.enter().probe(iova, access);
+        let answer = self.guest.look(endpoint, &mut ep.eyes, iova, access);
+        let (lost, translated, view) = (ep.lost, ep.translated, ep.handle.view());
+        self.hear();
         match answer {
+            Ok(t) if t.place == viommu::Place::Msi => Ours::Msi,
+            // Where it is now says nothing of where the log has it.
+            _ if lost => Ours::Fault,
             // Where all of memory passes, an address without memory passes too.
-            Err(fault)
-                if fault.reason == FaultReason::Unmapped && ep.handle.view() == Some(View::Identity) =>
-            {
+            Err(fault) if fault.reason == FaultReason::Unmapped && view == Some(View::Identity) => {
                 Ours::Bypass(Gpa(iova.0))
             }
             Err(_) => Ours::Fault,
-            Ok(t) if t.place == viommu::Place::Msi => Ours::Msi,
-            Ok(t) if ep.translated => Ours::Memory(t.gpa),
+            Ok(t) if translated => Ours::Memory(t.gpa),
             Ok(t) => Ours::Bypass(t.gpa),
         }
     }

@@ -3,24 +3,19 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use viommu::endpoint::{Region, RegionKind};
-use viommu::{
-    Completion, Domain, Endpoint, EndpointConfig, Extent, Gpa, GpaRange, Iommu, Iova, IovaRange, Mapping,
-    Medium, Reader, Tables, View,
-};
+use viommu::{Completion, Domain, Endpoint, Extent, Gpa, GpaRange, Iova, IovaRange, Mapping, Medium};
 use viommu_trace::Format;
 
 use super::Options;
 use super::follower::{Follower, Home};
+use super::guest::{Direct, Eyes, Guest, HALF, Virtio};
 use super::lacks::Lacks;
 use super::notifications::Line;
 use super::tally::Tally;
 use super::translations::Pending;
+use crate::args::Model;
 use crate::report::stats::Stats;
 
-/// Bytes of tables that the unit may take: address space, until it is used.
-const TABLE_BYTES: u64 = 1 << 30;
-/// Memory from the start; the upper half is added when something is mapped there.
-const HALF: u64 = 1 << 63;
 /// Region names that are remembered.
 pub(super) const REGIONS: usize = 65_536;
 
@@ -28,6 +23,7 @@ pub(super) const REGIONS: usize = 65_536;
 pub(super) struct Dom {
     /// `None` for a bypass domain.
     pub(super) handle: Option<Domain>,
+    pub(super) bypass: bool,
     /// By the log, also those whose attach was refused here.
     pub(super) members: Vec<u32>,
     /// Listens for endpoints that are not known yet.
@@ -49,7 +45,9 @@ pub(super) enum Place {
 /// An endpoint.
 pub(super) struct Ep {
     pub(super) handle: Endpoint,
-    pub(super) reader: Reader,
+    pub(super) eyes: Eyes,
+    /// Its regions, ascending.
+    pub(super) regions: Vec<Region>,
     pub(super) follower: Follower,
     pub(super) place: Place,
     /// It is not where the log has it: its attach was refused here, or it is fenced.
@@ -58,19 +56,6 @@ pub(super) struct Ep {
     pub(super) translated: bool,
     /// Its regions were told by the log.
     pub(super) regions_told: bool,
-}
-
-impl Ep {
-    /// Whether it sees what the log says.
-    pub(super) fn is_in_place(&self) -> bool {
-        match self.place {
-            Place::In(domain) => {
-                matches!(self.handle.view(), Some(View::Identity))
-                    || self.handle.view() == Some(View::Domain(domain))
-            }
-            Place::Unknown | Place::Nowhere => true,
-        }
-    }
 }
 
 /// What kind of guest operation is under way.
@@ -115,7 +100,7 @@ pub(super) struct Op {
 
 /// Follows one history.
 pub(crate) struct Judge {
-    pub(super) iommu: Iommu,
+    pub(super) guest: Guest,
     pub(super) options: Options,
     pub(super) format: Format,
     pub(super) domains: BTreeMap<u32, Dom>,
@@ -147,15 +132,24 @@ pub(super) fn x86_msi() -> Region {
 
 impl Judge {
     /// # Errors
-    /// When the unit cannot be made: there is no address space for its tables.
+    /// When the unit cannot be made, or the history cannot be expressed by the model.
     pub(crate) fn new(
         options: Options,
         format: Format,
         stats: Option<Stats>,
-    ) -> Result<Self, viommu::BuildError> {
-        let iommu = Iommu::builder().bypass(true).table_bytes(TABLE_BYTES).ram(0, HALF).build()?;
+    ) -> Result<Self, Box<dyn std::error::Error>> {
+        let may_cut = Self::may_cut(format);
+        let guest = match options.model {
+            Model::Direct => Guest::direct(Direct::new(may_cut)?),
+            Model::VirtioIommu if may_cut => {
+                let why =
+                    "unmaps of a Linux trace may cut mappings, which virtio-iommu cannot: use --model direct";
+                return Err(why.into());
+            }
+            Model::VirtioIommu => Guest::virtio(Virtio::new()?),
+        };
         Ok(Self {
-            iommu,
+            guest,
             options,
             format,
             domains: BTreeMap::new(),
@@ -181,15 +175,23 @@ impl Judge {
         if last >= HALF && !self.upper_half {
             self.upper_half = true;
             if let Some(range) = GpaRange::new(Gpa(HALF), Gpa(u64::MAX)) {
-                let added = self.iommu.add_backing(Extent { range, medium: Medium::Ram });
+                let added = self.guest.iommu().add_backing(Extent { range, medium: Medium::Ram });
                 let added = added.map_err(|error| error.kind.to_string());
                 self.settle_or(added, "memory");
             }
         }
     }
 
+    /// What the model itself finds wrong.
+    pub(super) fn hear(&mut self) {
+        let line = self.op.line;
+        for what in self.guest.complaints() {
+            self.tally.differ(line, || what);
+        }
+    }
+
     /// Waits for a step; software consumers are done at once.
-    pub(super) fn settle(&mut self, mut done: Completion) {
+    fn settle(&mut self, mut done: Completion) {
         if !done.is_complete() && done.wait_timeout(core::time::Duration::from_secs(10)).is_err() {
             let line = self.op.line;
             self.tally.differ(line, || "the step did not complete".into());
@@ -212,52 +214,56 @@ impl Judge {
             if self.known.contains(&id) {
                 return None;
             }
-            self.make_domain(id, false)?.from_before = true;
+            let handle = self.guest.hold(id);
+            self.hear();
+            let handle = Some(handle?);
+            self.make_domain(id, false);
             self.tally.note_from_before(id, line);
-            let home = Home::Domain(&self.iommu, id);
+            let home = Home::Domain(self.guest.iommu(), id);
             let follower = Follower::new(&home, &self.options).ok();
-            self.domains.get_mut(&id)?.follower = follower;
+            let dom = self.domains.get_mut(&id)?;
+            (dom.handle, dom.from_before, dom.follower) = (handle, true, follower);
         }
         self.domains.get_mut(&id)
     }
 
-    pub(super) fn make_domain(&mut self, id: u32, bypass: bool) -> Option<&mut Dom> {
-        let tables = if Self::may_cut(self.format) { Tables::OwnedCut } else { Tables::Owned };
-        let handle = if bypass { None } else { Some(self.iommu.create_domain(id, tables).ok()?) };
+    /// A domain that is to be: its record comes with its first endpoint.
+    pub(super) fn make_domain(&mut self, id: u32, bypass: bool) {
         let (members, lacks) = (Vec::new(), Lacks::default());
-        let dom = Dom { handle, members, follower: None, from_before: false, lacks };
+        let dom = Dom { handle: None, bypass, members, follower: None, from_before: false, lacks };
         self.domains.insert(id, dom);
-        self.domains.get_mut(&id)
     }
 
     /// Makes the endpoint known. One more than the unit takes is not there.
     pub(super) fn ensure_endpoint(&mut self, id: u32) -> Option<&mut Ep> {
         if !self.endpoints.contains_key(&id) {
-            let ep = self.make_endpoint(id, vec![x86_msi()])?;
-            self.endpoints.insert(id, ep);
+            let ep = self.make_endpoint(id, vec![x86_msi()]);
+            self.hear();
+            self.endpoints.insert(id, ep?);
         }
         self.endpoints.get_mut(&id)
     }
 
-    fn make_endpoint(&self, id: u32, regions: Vec<Region>) -> Option<Ep> {
-        let handle = self.iommu.add_endpoint(id, EndpointConfig { regions }).ok()?;
-        let reader = handle.reader("replay")?;
-        // Empty and blocked, so that no mirror refuses; then what it sees when nothing is attached.
+    fn make_endpoint(&mut self, id: u32, regions: Vec<Region>) -> Option<Ep> {
+        let handle = self.guest.add_endpoint(id, regions)?;
+        let eyes = self.guest.eyes(&handle)?;
+        // Empty and blocked, so that no mirror refuses; then what it sees when nothing is attached. The guest does not
+        // know of it yet.
         drop(handle.block());
         let follower = Follower::new(&Home::Endpoint(&handle), &self.options).ok()?;
-        let mut ep = Ep {
+        drop(handle.detach());
+        self.guest.probe(id);
+        let regions = handle.regions();
+        Some(Ep {
             handle,
-            reader,
+            eyes,
+            regions,
             follower,
             place: Place::Unknown,
             lost: false,
             translated: false,
             regions_told: false,
-        };
-        let before = ep.follower.raw();
-        drop(ep.handle.detach());
-        ep.follower.skip_from(before);
-        Some(ep)
+        })
     }
 
     /// Makes an endpoint anew with other regions: those of one that is there cannot change.
@@ -265,18 +271,23 @@ impl Judge {
         let Some(old) = self.endpoints.remove(&id) else { return };
         let totals = old.follower.totals();
         let (place, fences) = (old.place, old.follower.fences);
-        drop(old.reader);
-        let gone = old.handle.remove().map_err(|error| error.to_string());
-        self.settle_or(gone, "removing an endpoint");
+        let domain = if let Place::In(domain) = place { Some(domain) } else { None };
+        if let Some(domain) = domain.filter(|domain| self.domains.get(domain).is_some_and(|d| !d.bypass)) {
+            self.guest.keep(domain, id);
+        }
+        drop(old.eyes);
+        self.guest.remove_endpoint(id, old.handle);
         drop(old.follower);
-        let Some(mut ep) = self.make_endpoint(id, regions) else { return };
+        let made = self.make_endpoint(id, regions);
+        self.hear();
+        let Some(mut ep) = made else { return };
         ep.follower.succeed(totals);
         ep.follower.fences = fences;
         ep.regions_told = old.regions_told;
         ep.place = place;
         self.endpoints.insert(id, ep);
-        if let Place::In(domain) = place {
-            self.go_unasked(id, Some(domain));
+        if let Some(domain) = domain {
+            self.go(id, domain, false);
         }
     }
 }

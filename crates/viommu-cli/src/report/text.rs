@@ -80,9 +80,39 @@ pub(crate) fn page(s: &Summary) -> String {
     let n = &s.notifications;
     out.answers("notifications", n.recorded, n.agree, n.differ, n.unanswered);
     out.row("audits", &format!("{} run, {}", s.audits.run, failed(s.audits.failed)));
+    model(&mut out, s);
     tables(&mut out, s);
     verdict(&mut out, s);
     out.0
+}
+
+/// What went through a device.
+fn model(out: &mut Page, s: &Summary) {
+    let Some(d) = &s.model.device else { return };
+    out.title(s.model.name);
+    for line in &d.statuses {
+        out.row(line.request, &format!("{} {}", line.count, line.status));
+    }
+    if d.withheld != 0 {
+        out.row(
+            "withheld",
+            &format!("{} operations that QEMU refused for what our record lacks", d.withheld),
+        );
+    }
+    out.row("bypass", &format!("{} writes", d.bypass_writes));
+    out.row("resets", &d.resets.to_string());
+    out.row("events", &format!("{} faults reported", d.events));
+    let a = &d.accesses;
+    out.row(
+        "accesses",
+        &format!(
+            "{} moved bytes, {} compared by address, {} translated alone",
+            a.moved, a.compared, a.translated
+        ),
+    );
+    if d.stand_ins != 0 {
+        out.row("stand-ins", &format!("{} endpoints, for such as the history does not name", d.stand_ins));
+    }
 }
 
 fn tables(out: &mut Page, s: &Summary) {
