@@ -112,7 +112,7 @@ impl MirrorSeat {
     /// Whether adding `m`, which is memory of one piece, is one call that it cannot be known to refuse, or no call.
     #[inline]
     pub(crate) fn can_take_as_it_is(&self, m: &Mapping) -> bool {
-        if self.direct { self.has_room_for(1, 0) } else { !self.hears_in(m.range) }
+        if self.direct { self.counts.held < self.limit } else { !self.hears_in(m.range) }
     }
 
     #[inline]
@@ -230,7 +230,7 @@ impl MirrorSeat {
     ///
     /// # Errors
     /// Refused: what of this piece was added has been taken back, or else the failure says that it must be fenced.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn add(&mut self, piece: &Mapping, done: &mut Completion) -> Added {
         if self.lens.straight && piece.target == Target::Ram && self.is_behind(piece) {
             self.begin();
@@ -339,6 +339,19 @@ impl MirrorSeat {
         extents.shrink_to(SCRATCH);
         self.scratch = extents;
         outcome
+    }
+
+    /// As a step of its own.
+    #[inline(never)]
+    pub(crate) fn remove_in_step(
+        &mut self,
+        pieces: &[Mapping],
+        done: &mut Completion,
+        dirty: &mut Option<DirtyLog>,
+    ) -> Result<(), Failure> {
+        self.remove(pieces, done, dirty)?;
+        self.commit(done);
+        Ok(())
     }
 
     fn remove_extents(

@@ -95,16 +95,22 @@ impl DomainInner {
             Err(_) => return Err(state.cut(page)),
         };
         self.totals.give_back(1);
-        let is_simple = state.is_of_one_piece(&gone)
-            && state.seats.mirrors.iter().all(|seat| seat.is_direct() || !seat.hears_in(page));
-        if is_simple {
+        if state.is_of_one_piece(&gone) {
             if !state.seats.caches.is_empty() {
                 self.tell_caches(state, &[page], done);
             }
-            let _callback = CallbackScope::enter();
             let DomainState { seats, dirty, .. } = state;
-            for seat in seats.mirrors.iter_mut().filter(|seat| seat.is_direct()) {
-                if let Err(failure) = seat.unmap_one(page, core::slice::from_ref(&gone), done, dirty) {
+            let pieces = [gone];
+            let _callback = CallbackScope::enter();
+            for seat in &mut seats.mirrors {
+                let outcome = if seat.is_direct() {
+                    seat.unmap_one(page, &pieces, done, dirty)
+                } else if seat.hears_in(page) {
+                    seat.remove_in_step(&pieces, done, dirty)
+                } else {
+                    continue;
+                };
+                if let Err(failure) = outcome {
                     self.fence_seat(seat, &failure, done);
                 }
             }

@@ -176,7 +176,7 @@ pub(crate) fn replay(domain: &DomainInner, id: u64, done: &mut Completion) -> Re
 }
 
 /// One mapping, all of its backed pieces or none.
-#[inline]
+#[inline(always)]
 fn fill_one(seat: &mut MirrorSeat, memory: &Memory, m: &Mapping, done: &mut Completion) -> Added {
     if !m.access.is_empty() && memory.is_ram_behind(m) {
         return seat.add(m, done);
@@ -184,6 +184,7 @@ fn fill_one(seat: &mut MirrorSeat, memory: &Memory, m: &Mapping, done: &mut Comp
     fill_pieces(seat, memory, m, done)
 }
 
+#[inline(never)]
 fn fill_pieces(seat: &mut MirrorSeat, memory: &Memory, m: &Mapping, done: &mut Completion) -> Added {
     let mut count = 0_usize;
     let mut outcome = Ok(());
