@@ -163,11 +163,11 @@ impl Domain {
                 return Err(StepErrorKind::WrongKind("the record is viommu's own: say what changed"));
             }
             // What a mirror that has left was told there is not known to be true any more.
-            domain.run(state, &[Op::Unmap(range)], true, done)?;
+            let outcome = domain.run(state, &[Op::Unmap(range)], true, done);
             domain.tell_caches(state, &[range], done);
             domain.note_removal(&mut state.gone, &[range], true, done);
             domain.settle(state, done);
-            Ok(())
+            outcome
         })
     }
 
