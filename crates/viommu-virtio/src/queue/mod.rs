@@ -10,7 +10,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
-use viommu::{Completion, WaitError};
+use viommu::{Blocker, Completion, WaitError};
 use virtio_queue::{AvailIter, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryBackend};
 
@@ -221,6 +221,12 @@ where
     #[must_use]
     pub fn pending(&self) -> usize {
         self.answers.len()
+    }
+
+    /// What keeps the oldest of them, for an event loop that has its own time limit; none when nothing is pending.
+    #[must_use]
+    pub fn blockers(&self) -> Vec<Blocker> {
+        self.waiting.front().map_or_else(Vec::new, |first| first.done.blockers())
     }
 
     /// The queue, for the transport to set up, or to save when nothing is pending.

@@ -79,9 +79,12 @@ fn requests_behind_ones_that_wait_are_executed_and_answered_behind_them() {
     let second = rig.driver.push(&map(1, 0, 0, 6)).unwrap();
     rig.queue.process().unwrap();
     assert_eq!(rig.pages(1), [(0, 0)], "nothing waits for a device");
+    let blockers = rig.queue.blockers();
+    assert_eq!((blockers[0].endpoint, blockers[0].label.as_str()), (Some(A.into()), "inside"));
     assert_eq!((rig.queue.pending(), rig.driver.next_answer().unwrap()), (2, None));
     drop(guard);
     rig.serve();
+    assert_eq!(rig.queue.blockers(), []);
     let tokens: Vec<_> = rig.driver.complete().unwrap().iter().map(|answer| answer.token).collect();
     assert_eq!(tokens, [first, second]);
 }

@@ -9,7 +9,7 @@ use crate::domain::inner::{DomainInner, DomainState};
 use crate::domain::{SCRATCH, exchange};
 use crate::error::{Cap, StepErrorKind};
 use crate::mapping::Mapping;
-use crate::quiesce::completion::Completion;
+use crate::quiesce::completion::{Completion, RANGES};
 use crate::quiesce::scope::CallbackScope;
 use crate::sync::{Ordering, fence};
 use crate::table::InsertError;
@@ -88,7 +88,7 @@ impl DomainInner {
             let plan = Plan { removed: &removed, spans: &spans, ..Plan::default() };
             self.deliver_removals(state, &plan, done);
             state.commit(done);
-            self.note_removal(&spans, lazy, done);
+            self.note_removal(&mut state.gone, &spans, lazy, done);
             self.tell_observers(state, &removed, &[]);
         }
         removed.clear();
@@ -104,11 +104,39 @@ impl DomainInner {
         if self.totals.claim(count) { Ok(()) } else { Err(StepErrorKind::Cap(Cap::Mappings)) }
     }
 
-    /// `ranges` are gone here: `done` waits for who may still use them. Unless the readers are to be read later, for
-    /// several steps at once (`lazy`), nothing is waited for where nobody is inside.
+    /// `ranges` are gone here: `done` waits for who may still use them, if anybody does. `lazy`: that is asked later,
+    /// once for several steps, by [`settle`](Self::settle).
     #[inline]
-    pub(crate) fn note_removal(&self, ranges: &[IovaRange], lazy: bool, done: &mut Completion) {
-        if !lazy && done.is_ready() && self.readers.is_unused(ranges) {
+    pub(crate) fn note_removal(
+        &self,
+        gone: &mut Vec<IovaRange>,
+        ranges: &[IovaRange],
+        lazy: bool,
+        done: &mut Completion,
+    ) {
+        if !lazy {
+            return self.wait_for_users(ranges, done);
+        }
+        for range in ranges {
+            if gone.len() < RANGES {
+                gone.push(*range);
+            } else if let Some(hull) = gone.first_mut() {
+                *hull = hull.hull(*range);
+            }
+        }
+    }
+
+    /// Ends a series of lazy steps: `done` waits for who may still use what they removed.
+    pub(crate) fn settle(&self, state: &mut DomainState, done: &mut Completion) {
+        if !state.gone.is_empty() {
+            self.wait_for_users(&state.gone, done);
+            state.gone.clear();
+        }
+    }
+
+    #[inline]
+    fn wait_for_users(&self, ranges: &[IovaRange], done: &mut Completion) {
+        if done.is_ready() && self.readers.is_unused(ranges) {
             return;
         }
         done.add_removal(&self.readers, None, ranges);
@@ -156,7 +184,7 @@ impl DomainInner {
         give_back(now.len());
         state.commit(done);
         if !plan.removed.is_empty() {
-            self.note_removal(plan.spans, lazy, done);
+            self.note_removal(&mut state.gone, plan.spans, lazy, done);
         }
         self.tell_observers(state, plan.removed, now);
         refused

@@ -90,6 +90,8 @@ pub(crate) struct DomainState {
     pub(crate) refusable: bool,
     /// Destroyed: every step is an error.
     pub(crate) dead: bool,
+    /// Ranges whose readers are still to be read, once for several steps.
+    pub(crate) gone: Vec<IovaRange>,
     pub(crate) removed: Vec<Mapping>,
     pub(crate) pieces: Vec<Mapping>,
 }

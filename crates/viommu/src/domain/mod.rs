@@ -140,7 +140,13 @@ impl Domain {
         let scope = StepScope::enter().map_err(|_| StepErrorKind::InCallback)?;
         let state = lock(&self.0.state);
         self.0.alive(&state)?;
-        Ok(Burst { domain: &self.0, state, done: Completion::ready(), alone: BurstScope::enter(), scope })
+        Ok(Burst {
+            domain: &self.0,
+            state,
+            done: Completion::ready(),
+            _alone: BurstScope::enter(),
+            _scope: scope,
+        })
     }
 
     /// Tells caches (mirrors have none of it) that anything inside `range` may have changed: a superset of what has.
@@ -157,10 +163,11 @@ impl Domain {
                 return Err(StepErrorKind::WrongKind("the record is viommu's own: say what changed"));
             }
             // What a mirror that has left was told there is not known to be true any more.
-            domain.run(state, &[Op::Unmap(range)], true, done)?;
+            let outcome = domain.run(state, &[Op::Unmap(range)], true, done);
             domain.tell_caches(state, &[range], done);
-            domain.note_removal(&[range], false, done);
-            Ok(())
+            domain.note_removal(&mut state.gone, &[range], true, done);
+            domain.settle(state, done);
+            outcome
         })
     }
 
@@ -255,10 +262,11 @@ impl Batch<'_> {
 /// Several steps under one lock: see [`Domain::burst`].
 pub struct Burst<'d> {
     domain: &'d DomainInner,
+    // In the order in which they end: the lock first.
     state: MutexGuard<'d, DomainState>,
     done: Completion,
-    alone: BurstScope,
-    scope: StepScope,
+    _alone: BurstScope,
+    _scope: StepScope,
 }
 
 impl Burst<'_> {
@@ -290,12 +298,16 @@ impl Burst<'_> {
     }
 
     /// Ends the burst. Resolves when all of its steps are complete; the readers are read once for them.
-    pub fn finish(self) -> Completion {
-        let Self { state, done, alone, scope, .. } = self;
-        drop(state);
-        drop(alone);
-        drop(scope);
-        done
+    pub fn finish(mut self) -> Completion {
+        self.domain.settle(&mut self.state, &mut self.done);
+        core::mem::replace(&mut self.done, Completion::ready())
+    }
+}
+
+impl Drop for Burst<'_> {
+    /// Without [`Burst::finish`]: as a completion that is dropped.
+    fn drop(&mut self) {
+        self.domain.settle(&mut self.state, &mut self.done);
     }
 }
 
@@ -357,7 +369,7 @@ impl DomainInner {
         if !state.seats.any_in(range) {
             let count = self.remove_alone(state, range)?;
             if count != 0 {
-                self.note_removal(&[range], lazy, done);
+                self.note_removal(&mut state.gone, &[range], lazy, done);
             }
             return Ok(count);
         }

@@ -119,7 +119,7 @@ impl DomainInner {
             self.deliver_removals(state, &plan, done);
             state.commit(done);
         }
-        self.note_removal(&[page], lazy, done);
+        self.note_removal(&mut state.gone, &[page], lazy, done);
         self.tell_observers(state, &[gone], &[]);
         Ok(1)
     }

@@ -95,7 +95,8 @@ impl DomainInner {
             outcome = outcome.and(gone);
         }
         self.tell_caches(state, &[compared], done);
-        self.note_removal(&[compared], false, done);
+        self.note_removal(&mut state.gone, &[compared], true, done);
+        self.settle(state, done);
         outcome.map(|()| rest)
     }
 }

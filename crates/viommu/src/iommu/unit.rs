@@ -150,6 +150,7 @@ pub(crate) fn make_domain(
         may_cut: !matches!(tables, Tables::Owned),
         refusable: walker.is_none() && !identity,
         dead: false,
+        gone: Vec::new(),
         removed: Vec::new(),
         pieces: Vec::new(),
     };

@@ -22,7 +22,7 @@ use crate::sync::{
 };
 
 /// Ranges remembered one by one; beyond that their hull, which only ever waits for more.
-const RANGES: usize = 32;
+pub(crate) const RANGES: usize = 32;
 
 /// Polls before a wait parks. A model checker is to see the parking.
 const SPINS: u32 = if cfg!(shuttle) { 1 } else { 100 };
