@@ -286,14 +286,15 @@ fn v1(run: &mut Run) -> Rows {
             let bare = run.ours(Work::Ring, &format!("bare {mirrors} {batch}"), Pick::Min)?;
             let case = format!("{batch} requests a kick, {mirrors} mirrors");
             let rate = Value { value: 2000.0 / ring.value, noise: ring.noise };
-            rows.push(Row::new("V1", format!("requests, {case}"), "M/s", Limit::None, rate).done());
+            rows.push(Row::new("none", format!("requests, {case}"), "M/s", Limit::None, rate).done());
             let more = ring.value - bare.value;
             let noise = (ring.value * ring.noise + bare.value * bare.noise) / more.max(1.0);
-            let limit = if mirrors == 0 && batch == 16 { AtMost(250.0) } else { Limit::None };
+            let asked = mirrors == 0 && batch == 16;
+            let (goal, limit) = if asked { ("V1", AtMost(250.0)) } else { ("none", Limit::None) };
             let what = format!("a pair more than the record's, {case}");
-            rows.push(Row::new("V1", what, "ns", limit, Value { value: more, noise }).done());
+            rows.push(Row::new(goal, what, "ns", limit, Value { value: more, noise }).done());
             let share = Value { value: bare.value / ring.value * 100.0, noise: ring.noise };
-            rows.push(Row::new("V1", format!("of it the record, {case}"), "%", Limit::None, share).done());
+            rows.push(Row::new("none", format!("of it the record, {case}"), "%", Limit::None, share).done());
         }
     }
     Ok(rows)

@@ -78,6 +78,12 @@ impl Iommu {
         let mut state = lock(&identity.state);
         let gone = identity.run(&mut state, &[Op::Unmap(identity_of(extent).range)], false, &mut done);
         state.memory = Memory::new(backing);
+        {
+            // Nobody but the core knows of this, so those that hear no steps are told too.
+            let _callback = CallbackScope::enter();
+            let deaf = state.seats.caches.iter().filter(|cache| !cache.hears_steps());
+            deaf.for_each(|cache| cache.invalidate(identity_of(extent).range, &mut done));
+        }
         drop(state);
         // Whatever was mapped to it may be in use by anybody, also where it has been unmapped since.
         control.retired.retain(|readers| !readers.is_unused(&[IovaRange::ALL]));

@@ -596,6 +596,12 @@ fn a_cache_for_device_tlb_alone_hears_no_steps_but_the_end_of_what_it_sees() {
     assert_eq!(handle.take(), [Event::Invalidate(pages(0, 0))]);
     over(e.block().unwrap());
     assert_eq!(handle.take(), [Event::Invalidate(IovaRange::ALL)]);
+    let there = viommu::Extent { range: gpas(0, (1 << 18) - 1), medium: viommu::Medium::Ram };
+    over(iommu.add_backing(there).unwrap());
+    over(e.attach_identity().unwrap());
+    handle.take();
+    over(iommu.remove_backing(there.range).unwrap());
+    assert_eq!(handle.take(), [Event::Invalidate(pages(0, (1 << 18) - 1))]);
     let (cache, handle) = RecordingCache::new();
     let _s = iommu.subscribe_cache(Space::Domain(1), cache, kinds(Kinds::DEVICE_TLB)).unwrap();
     over(iommu.destroy_domain(1).unwrap());
