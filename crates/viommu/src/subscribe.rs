@@ -3,7 +3,8 @@
 //! All callbacks run inside a step, under the lock of the domain, one at a time for one subscriber and in the same
 //! order for all of them. Inside a callback a device may translate; steps, fills and waiting are typed errors;
 //! subscribing and leaving are accepted and take effect after the step. A callback must return soon: what takes long
-//! is answered with [`Ack::Pending`].
+//! is answered with [`Ack::Pending`]. It must not ask the unit or a domain anything else (`len`, `view`, `counts`): those
+//! take the locks that the step holds.
 
 use core::fmt;
 
