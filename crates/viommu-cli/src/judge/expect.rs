@@ -133,16 +133,14 @@ impl Judge {
             return Err(Why::Bypass);
         }
         let handle = dom.handle.as_ref().ok_or(Why::NoDomain)?;
-        if !range.is_aligned(PAGE) {
-            return Err(Why::Unaligned);
-        }
         let mut cuts = false;
         handle.for_each(range, |m| {
             cuts = !range.covers(m.range);
             if cuts { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
-        // A record that may cut, does.
-        if cuts && !Self::may_cut(self.format) { Err(Why::Cut) } else { Ok(()) }
+        // A record that may cut, does, at pages.
+        let may_cut = Self::may_cut(self.format) && range.is_aligned(PAGE);
+        if cuts && !may_cut { Err(Why::Cut) } else { Ok(()) }
     }
 
     pub(super) fn step_attach(&mut self, endpoint: u32, domain: u32, bypass: bool) -> Result<(), Why> {

@@ -196,10 +196,6 @@ impl Judge {
                 self.op.removed.clear();
                 self.op.by_lines = true;
             }
-            Err(Why::Unaligned) => {
-                self.op.removed.clear();
-                self.op.by_lines = true;
-            }
             Err(other) => {
                 self.op.removed.clear();
                 self.tally.differ(line, || format!("our record refuses the unmap of {range}: {other:?}"));
