@@ -2,7 +2,7 @@
 
 use viommu::domain::Burst;
 use viommu::endpoint::RegionKind;
-use viommu::{AttachError, Completion, Iova, IovaRange, Mapping, StepErrorKind, Tables, View};
+use viommu::{AttachError, Completion, IovaRange, Mapping, StepErrorKind, Tables, View};
 use vm_memory::GuestMemoryBackend;
 use zerocopy::little_endian::{U16, U64};
 use zerocopy::{FromBytes, IntoBytes};
@@ -71,7 +71,7 @@ impl<'d> Executor<'d> {
         (self.done, self.unmaps)
     }
 
-    /// The request in `frame`, if it is a MAP or an UNMAP that can be answered, for a burst.
+    /// The request in `frame`, if it is a MAP or an UNMAP that can be answered.
     fn change(&self, memory: &Near<'_, impl GuestMemoryBackend>, frame: &Frame) -> Option<(u32, Change)> {
         let bytes = frame.request();
         let (domain, change) = match *bytes.first()? {
@@ -81,11 +81,7 @@ impl<'d> Executor<'d> {
             }
             request::UNMAP => {
                 let (unmap, _) = Unmap::ref_from_prefix(bytes).ok()?;
-                let range = self.limits.unmap(unmap);
-                if range.is_ok_and(|range| !range.is_aligned(self.limits.granule)) {
-                    return None;
-                }
-                (unmap.domain.get(), Change::Unmap(range))
+                (unmap.domain.get(), Change::Unmap(self.limits.unmap(unmap)))
             }
             _ => return None,
         };
@@ -151,48 +147,12 @@ impl<'d> Executor<'d> {
                 let outcome = if kind == request::ATTACH { self.attach(attach) } else { self.detach(detach) };
                 self.answer(memory, frame, kind, 0, outcome)
             }
-            request::UNMAP => {
-                let unmap = Unmap::ref_from_prefix(bytes).ok()?.0;
-                if !frame.can_write(memory, 0, TAIL) {
-                    return None;
-                }
-                let outcome = self.unmap_unaligned(unmap);
-                self.answer(memory, frame, kind, 0, outcome)
-            }
             request::PROBE if self.device.features().contains(Features::PROBE) => {
                 let probe = Probe::ref_from_prefix(bytes).ok()?.0;
                 self.probe(memory, frame, probe)
             }
             _ => None,
         }
-    }
-
-    /// An UNMAP that does not begin or end with a page. Mappings are whole pages, so where it ends inside one it would
-    /// split a mapping, or there is none.
-    fn unmap_unaligned(&mut self, request: &Unmap) -> Result<(), Status> {
-        self.unmaps = self.unmaps.saturating_add(1);
-        let range = self.limits.unmap(request)?;
-        let domain = match self.control.domains.get(&request.domain.get()).map(|domain| &domain.kind) {
-            None => return Err(Status::NOENT),
-            Some(Kind::Bypass) => return Err(Status::INVAL),
-            Some(Kind::Paged(domain)) => domain,
-        };
-        let mapped = |at: Iova| domain.next_mapping(at).filter(|m| m.range.contains(at));
-        let splits = |at: Iova| mapped(at).is_some_and(|m| !range.covers(m.range));
-        if splits(range.start()) || splits(range.last()) {
-            return Err(Status::RANGE);
-        }
-        let Some(inside) = self.limits.whole_pages(range) else { return Ok(()) };
-        match domain.unmap(inside) {
-            Ok(completion) => self.done.merge(completion),
-            Err(error) => {
-                self.done.merge(error.completion);
-                let status = status::of_step(&error.kind);
-                log::refused(request::UNMAP, status.0, &error.kind);
-                return Err(status);
-            }
-        }
-        Ok(())
     }
 
     /// Writes the tail at `offset`. Gives the used length.

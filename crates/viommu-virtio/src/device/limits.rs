@@ -78,15 +78,4 @@ impl Limits {
         self.check_domain(request.domain.get())?;
         self.range(request.virt_start.get(), request.virt_end.get())
     }
-
-    /// The whole pages inside `range`.
-    pub(crate) fn whole_pages(&self, range: IovaRange) -> Option<IovaRange> {
-        let mask = self.granule.wrapping_sub(1);
-        let start = range.start().0.checked_add(mask)? & !mask;
-        let last = match range.last().0.checked_add(1) {
-            Some(end) => (end & !mask).checked_sub(1)?,
-            None => u64::MAX,
-        };
-        IovaRange::new(Iova(start), Iova(last))
-    }
 }

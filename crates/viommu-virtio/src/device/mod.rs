@@ -157,7 +157,7 @@ impl core::fmt::Debug for VirtioIommu {
 
 impl VirtioIommu {
     /// Makes the device and its record. `builder` says what the embedder knows: backing, caps, who hears of incidents.
-    /// Page size, bypass and fault sink are set here.
+    /// Page size, aperture, bypass and fault sink are set here, from `config`.
     ///
     /// # Errors
     /// See [`ConfigError`].
@@ -188,6 +188,8 @@ impl VirtioIommu {
         let faults = Arc::new(Faults::new(config.events, counters.clone()));
         // The legacy bit means: unattached endpoints bypass if it is negotiated. Until then they are blocked.
         let bypass = config.bypass && config.features.contains(Features::BYPASS_CONFIG);
+        // What the driver is told is what holds, whatever the builder says.
+        let builder = builder.page_size(granule(config.page_size_mask)).aperture(config.input_range);
         let iommu = builder.bypass(bypass).faults(faults.clone()).build()?;
         let control = Control {
             negotiated: Features::empty(),

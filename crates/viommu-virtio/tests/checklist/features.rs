@@ -184,3 +184,10 @@ fn r1_writes_to_other_fields_change_nothing() {
     rig.device.read_config(0, &mut after);
     assert_eq!(before, after);
 }
+
+#[test]
+fn limits_of_the_builder_do_not_contradict_what_the_driver_is_told() {
+    let mut rig = rig_with(config(), |builder| builder.page_size(1 << 16).aperture(range(0, 0xffff)));
+    rig.ok(&attach(1, A));
+    rig.ok(&map(1, 0x11, 0x11, 3));
+}

@@ -88,7 +88,8 @@ impl Domain {
 
     /// Removes every mapping inside `range`; one that is not there is no error. Where the tables are
     /// [`Tables::Owned`], a range that would cut a mapping is refused and removes nothing; elsewhere the parts outside
-    /// stay mapped.
+    /// stay mapped. The range may begin and end anywhere in a hole; inside a page that is mapped it would cut a mapping
+    /// where none can be cut, and is refused everywhere.
     ///
     /// # Errors
     /// See [`StepErrorKind`]. A removal itself never fails: a mirror that cannot remove is fenced.
@@ -228,7 +229,7 @@ impl Batch<'_> {
         self
     }
 
-    /// Removes every mapping inside `range`, as [`Domain::unmap`].
+    /// Removes every mapping inside `range`, as [`Domain::unmap`]; here it must be made of whole pages.
     pub fn unmap(mut self, range: IovaRange) -> Self {
         self.ops.push(Op::Unmap(range));
         self
@@ -360,7 +361,13 @@ impl DomainInner {
         lazy: bool,
         done: &mut Completion,
     ) -> Result<usize, StepErrorKind> {
-        self.check_range(range)?;
+        let range = match range.is_aligned(self.page_size) {
+            true => range,
+            false => match self.whole_pages(state, range)? {
+                Some(range) => range,
+                None => return Ok(0),
+            },
+        };
         if state.may_cut && state.writer.cuts(range) {
             let before = state.writer.len();
             self.run(state, &[Op::Unmap(range)], lazy, done)?;
@@ -377,6 +384,21 @@ impl DomainInner {
             return self.remove_one(state, range, lazy, done);
         }
         self.remove_all(state, range, lazy, done)
+    }
+
+    /// The pages of which an unmap of `range` consists, if there are any: where it ends inside a page, nothing may be
+    /// mapped.
+    #[cold]
+    fn whole_pages(&self, state: &DomainState, range: IovaRange) -> Result<Option<IovaRange>, StepErrorKind> {
+        let (start, last, mask) = (range.start(), range.last(), self.page_size.wrapping_sub(1));
+        let is_mapped = |at: Iova| state.writer.next(at).is_some_and(|m| m.range.contains(at));
+        let (begins_inside, ends_inside) = (start.0 & mask != 0, last.0 & mask != mask);
+        if begins_inside && is_mapped(start) || ends_inside && is_mapped(last) {
+            return Err(state.cut(range));
+        }
+        let first = if begins_inside { Iova(start.0 | mask).checked_add(1) } else { Some(start) };
+        let end = if ends_inside { (last.0 & !mask).checked_sub(1).map(Iova) } else { Some(last) };
+        Ok(first.zip(end).and_then(|(first, end)| IovaRange::new(first, end)))
     }
 
     /// Plans and applies checked changes as one step.

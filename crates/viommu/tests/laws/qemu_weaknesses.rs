@@ -279,6 +279,26 @@ fn an_entry_that_a_replacement_frees_is_free_before_it_is_taken() {
 }
 
 #[test]
+fn an_unmap_may_end_anywhere_in_a_hole_and_nowhere_else() {
+    let bytes = |start, last| IovaRange::new(viommu::Iova(start), viommu::Iova(last)).unwrap();
+    for tables in [Tables::Owned, Tables::OwnedCut] {
+        let (iommu, _) = unit();
+        let domain = iommu.create_domain(1, tables).unwrap();
+        let (_s, m) = mirror_on(&iommu, 1, Reach::default());
+        over(domain.map(rw(2, 3, 1)).unwrap());
+        for (start, last) in [(0x2800, 0x4fff), (0, 0x2000), (0x3fff, 0x3fff), (0x2001, 0x3ffe)] {
+            let error = domain.unmap(bytes(start, last)).unwrap_err();
+            assert!(matches!(error.kind, StepErrorKind::Cut { .. }), "{:?}", error.kind);
+        }
+        over(domain.unmap(bytes(0x123, 0x456)).unwrap());
+        over(domain.unmap(bytes(0x4001, u64::MAX - 1)).unwrap());
+        assert_eq!(m.held(), [rw(2, 3, 1)]);
+        over(domain.unmap(bytes(0x1234, 0x4321)).unwrap());
+        assert!(domain.is_empty() && m.held().is_empty());
+    }
+}
+
+#[test]
 fn a_cap_does_not_keep_what_the_guest_took_away() {
     let guest = Guest::default();
     let (iommu, _) = unit_with(|b| b.ram(0, 1 << 30).domain_mappings(2));

@@ -1,12 +1,10 @@
 //! Operations as steps of the record.
 
 use viommu::endpoint::Region;
-use viommu::{Domain, Endpoint, EndpointConfig, Iommu, Iova, IovaRange, Mapping, Tables};
+use viommu::{Completion, Domain, Endpoint, EndpointConfig, Iommu, IovaRange, Mapping, StepError, Tables};
 
 use super::reply::{Answer, Why};
 use super::settle;
-
-const PAGE: u64 = 4096;
 
 pub(crate) struct Direct {
     iommu: Iommu,
@@ -94,39 +92,21 @@ impl Direct {
     }
 }
 
-fn whole_pages(range: IovaRange) -> Option<IovaRange> {
-    let start = range.start().0.checked_next_multiple_of(PAGE)?;
-    let last = match range.last().0.checked_add(1) {
-        Some(end) => (end / PAGE * PAGE).checked_sub(1)?,
-        None => u64::MAX,
-    };
-    IovaRange::new(Iova(start), Iova(last))
-}
-
 pub(super) fn map(domain: Option<&Domain>, mapping: Mapping, complaints: &mut Vec<String>) -> Answer {
-    let Some(domain) = domain else { return Answer::Core(Err(Why::NoDomain)) };
-    Answer::Core(match domain.map(mapping) {
-        Ok(done) => {
-            settle(done, complaints);
-            Ok(())
-        }
-        Err(error) => {
-            settle(error.completion, complaints);
-            Err(Why::of_step(&error.kind))
-        }
-    })
+    step(domain, |domain| domain.map(mapping), complaints)
 }
 
-/// What is mapped in the whole pages of `range`; where it ends inside a page, nothing may be.
 pub(super) fn unmap(domain: Option<&Domain>, range: IovaRange, complaints: &mut Vec<String>) -> Answer {
+    step(domain, |domain| domain.unmap(range), complaints)
+}
+
+fn step(
+    domain: Option<&Domain>,
+    make: impl FnOnce(&Domain) -> Result<Completion, StepError>,
+    complaints: &mut Vec<String>,
+) -> Answer {
     let Some(domain) = domain else { return Answer::Core(Err(Why::NoDomain)) };
-    let mapped = |at: Iova| domain.next_mapping(at).filter(|m| m.range.contains(at));
-    let splits = |at: Iova| mapped(at).is_some_and(|m| !range.covers(m.range));
-    if !range.is_aligned(PAGE) && (splits(range.start()) || splits(range.last())) {
-        return Answer::Core(Err(Why::Cut));
-    }
-    let Some(range) = whole_pages(range) else { return Answer::Core(Ok(())) };
-    Answer::Core(match domain.unmap(range) {
+    Answer::Core(match make(domain) {
         Ok(done) => {
             settle(done, complaints);
             Ok(())
