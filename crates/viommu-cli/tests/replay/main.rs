@@ -1,17 +1,19 @@
 //! Replays of the built-in history and of small logs.
 
+#[path = "../common/mod.rs"]
 mod common;
+mod model;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Cursor, Write};
 
 use common::qemu::{MMIO, Qemu, READ, WRITE};
-use common::{num, replay, viommu, without_model, write};
+use common::{num, replay, viommu, write};
 use serde_json::Value;
 use viommu_trace::{Event, History};
 
 const RW: u32 = READ | WRITE;
-const BUILT_IN: &[u8] = include_bytes!("../data/builtin.viommu.xz");
+const BUILT_IN: &[u8] = include_bytes!("../../data/builtin.viommu.xz");
 
 /// What the built-in history should come to, by a plain map of mappings.
 #[derive(Default)]
@@ -69,6 +71,18 @@ impl Plain {
             _ => {}
         }
     }
+}
+
+/// One endpoint in one domain, and two mappings.
+fn small() -> Qemu {
+    let mut qemu = Qemu { bypass: true, notified: vec![16], ..Qemu::default() };
+    qemu.get_config();
+    qemu.attach(1, 16);
+    qemu.map(1, 0x1000, 0x2fff, 0x8000, RW);
+    qemu.map(1, 0x4000, 0x4fff, 0x20000, READ);
+    qemu.access(16, 0x1008, WRITE);
+    qemu.access(16, 0x4ff8, READ);
+    qemu
 }
 
 #[test]
@@ -172,132 +186,6 @@ fn mirrors_that_fail_leave_lines_unanswered_and_the_rest_as_it_was() {
             assert!(mirrors.iter().all(|m| num(m, "/held") <= limit));
         }
     }
-}
-
-#[test]
-fn a_device_comes_to_the_same_in_the_built_in_history() {
-    for args in [
-        &[][..],
-        &["--fail-map", "10"],
-        &["--fail-unmap", "50"],
-        &["--fail-map", "7", "--fail-unmap", "13", "--unfence"],
-        &["--limit-entries", "10"],
-    ] {
-        let with = |model: &str| {
-            let all: Vec<&str> = ["replay", "--format=json", "--model", model]
-                .into_iter()
-                .chain(args.iter().copied())
-                .collect();
-            let run = viommu(&all, b"");
-            assert_eq!(run.status, 0, "{all:?}: {}", run.err);
-            run.json()
-        };
-        let (direct, device) = (with("direct"), with("virtio-iommu"));
-        assert_eq!(without_model(direct.clone()), without_model(device.clone()), "{args:?}");
-        assert_eq!(
-            (&direct["model"]["name"], &device["model"]["name"]),
-            (&"direct".into(), &"virtio-iommu".into())
-        );
-        let answers = |request: &str, status: Option<&str>| -> u64 {
-            let lines = device["model"]["statuses"].as_array().unwrap().iter();
-            let wanted = |l: &&Value| l["request"] == request && status.is_none_or(|s| l["status"] == s);
-            lines.filter(wanted).map(|l| num(l, "/count")).sum()
-        };
-        for (request, path) in
-            [("ATTACH", "/history/attach"), ("MAP", "/history/map"), ("UNMAP", "/history/unmap")]
-        {
-            // Nothing was held back: what was refused here was refused by the device.
-            let all = answers(request, None);
-            assert!(all >= num(&direct, path) || !args.is_empty(), "{request}: {all}");
-        }
-        if args.is_empty() {
-            assert_eq!(answers("MAP", Some("OK")), num(&direct, "/history/map"));
-            assert_eq!(answers("UNMAP", Some("OK")), num(&direct, "/history/unmap"));
-            assert_eq!(answers("PROBE", Some("OK")), direct["mirrors"].as_array().unwrap().len() as u64);
-        }
-        if args.contains(&"--fail-map") || args.contains(&"--limit-entries") {
-            let refused = answers("MAP", Some("NOMEM")) + answers("ATTACH", Some("NOMEM"));
-            assert_eq!(refused, num(&direct, "/history/refused_here"));
-        }
-        let accesses = |how: &str| num(&device, &format!("/model/accesses/{how}"));
-        assert!(accesses("moved") >= num(&direct, "/translations/agree"), "{}", device["model"]);
-    }
-}
-
-#[test]
-fn a_device_comes_to_the_same_where_the_log_does_otherwise() {
-    let mut qemu = small();
-    qemu.attach(1, 24);
-    qemu.attach(1, 16);
-    qemu.attach(2, 24);
-    qemu.map(2, 0xfed0_0000, 0xfef0_0fff, 0x10_0000, RW);
-    qemu.map(1, 0x2000, 0x5fff, 0x9000, RW);
-    qemu.unmap(1, 0, 0x1fff);
-    qemu.map(1, 0x10_0000, 0x10_0009, 0x5000, RW);
-    qemu.unmap(1, 0x10_0000, 0x10_0009);
-    qemu.map(1, u64::MAX - 0xfff, u64::MAX, 0xffff_ffff_ffff_f000, RW | MMIO);
-    qemu.access(16, u64::MAX, READ);
-    qemu.access(16, 0x77_0000, WRITE);
-    qemu.access(16, 0xfee0_0000, WRITE);
-    qemu.detach(7, 16);
-    qemu.detach(1, 16);
-    qemu.map(1, 0x9000, 0x9fff, 0x9000, RW);
-    qemu.unmap(1, 0, 0xffff);
-    qemu.access(16, 0x1008, READ);
-    qemu.bypass = false;
-    qemu.line(format_args!("set_config bypass=0x0"));
-    qemu.access(16, 0x1008, READ);
-    qemu.reset();
-    qemu.attach(3, 16);
-    qemu.access(16, 0x1008, READ);
-    let (direct, device) = (replay(&qemu.log, &[]), replay(&qemu.log, &["--model", "virtio-iommu"]));
-    assert_eq!((direct.status, device.status), (0, 0), "{}{}", direct.err, device.err);
-    let model = &device.json()["model"];
-    assert_eq!(without_model(direct.json()), without_model(device.json()));
-    let statuses: BTreeSet<(String, String)> = model["statuses"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|l| (l["request"].as_str().unwrap().into(), l["status"].as_str().unwrap().into()))
-        .collect();
-    for (request, status) in [
-        ("ATTACH", "OK"),
-        ("DETACH", "OK"),
-        ("DETACH", "INVAL"),
-        ("MAP", "OK"),
-        ("MAP", "INVAL"),
-        ("MAP", "RANGE"),
-        ("MAP", "NOENT"),
-        ("UNMAP", "RANGE"),
-        ("UNMAP", "NOENT"),
-        ("PROBE", "OK"),
-    ] {
-        assert!(statuses.contains(&(request.into(), status.into())), "{request} {status}: {model}");
-    }
-    assert_eq!(num(model, "/events"), qemu.counts.fault);
-    assert_eq!((num(model, "/bypass_writes"), num(model, "/resets")), (1, 1));
-}
-
-#[test]
-fn a_trace_whose_unmaps_may_cut_is_not_for_a_device() {
-    let trace =
-        "insmod-105 [000] ..... 2.909081: add_device_to_group: IOMMU: groupID=0 device=0000:00:00.0\n";
-    assert_eq!(viommu(&["replay", "-"], trace.as_bytes()).status, 0);
-    let run = viommu(&["replay", "-", "--model", "virtio-iommu"], trace.as_bytes());
-    assert_eq!((run.status, run.out.as_str()), (2, ""));
-    assert!(run.err.contains("may cut") && run.err.contains("--model direct"), "{}", run.err);
-}
-
-/// One endpoint in one domain, and two mappings.
-fn small() -> Qemu {
-    let mut qemu = Qemu { bypass: true, notified: vec![16], ..Qemu::default() };
-    qemu.get_config();
-    qemu.attach(1, 16);
-    qemu.map(1, 0x1000, 0x2fff, 0x8000, RW);
-    qemu.map(1, 0x4000, 0x4fff, 0x20000, READ);
-    qemu.access(16, 0x1008, WRITE);
-    qemu.access(16, 0x4ff8, READ);
-    qemu
 }
 
 #[test]
