@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use viommu_vfio_user::Windows;
@@ -14,7 +14,6 @@ use viommu_virtio::{EventQueue, PendingError, RequestQueue, VirtioIommu};
 use virtio_queue::Queue;
 
 use super::unit::{self, Unit};
-use crate::serve::times::Times;
 
 const DEVICE_TYPE: u16 = 23;
 /// PCI's class of an IOMMU.
@@ -37,7 +36,6 @@ pub(crate) struct IommuDevice {
     events: Option<(EventQueue<Windows>, QueueSignal)>,
     faults: Arc<OwnedFd>,
     again: OwnedFd,
-    times: Arc<Times>,
 }
 
 impl IommuDevice {
@@ -46,26 +44,23 @@ impl IommuDevice {
         address: Bdf,
         unit: Unit,
         windows: Windows,
-        times: Arc<Times>,
     ) -> std::io::Result<Self> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let faults = Arc::new(eventfd(0, flags)?);
         let again = eventfd(0, flags)?;
         let raised = faults.clone();
         device.notify_faults(move || raise(&raised));
-        Ok(Self { device, address, unit, windows, requests: None, events: None, faults, again, times })
+        Ok(Self { device, address, unit, windows, requests: None, events: None, faults, again })
     }
 
     fn serve_requests(&mut self) {
         let Some((requests, signal)) = &mut self.requests else { return };
         for _ in 0..ROUNDS {
-            let start = Instant::now();
             match requests.process() {
                 Ok(more) => {
                     if !answered(requests, signal) {
                         return;
                     }
-                    self.times.add(start.elapsed());
                     if !more {
                         return;
                     }
