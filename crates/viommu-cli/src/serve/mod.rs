@@ -3,6 +3,7 @@
 pub(crate) mod args;
 pub(crate) mod control;
 pub(crate) mod device;
+mod hush;
 mod machine;
 pub(crate) mod options;
 pub(crate) mod qemu;

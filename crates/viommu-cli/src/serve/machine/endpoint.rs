@@ -21,6 +21,7 @@ use virtio_queue::Queue;
 
 use super::unit::Unit;
 use crate::serve::device::Kind;
+use crate::serve::hush::Hush;
 use crate::serve::times::Times;
 
 /// The greatest size of a queue.
@@ -144,6 +145,7 @@ struct Bench {
     /// Somebody wants the job: the thread lets go after its batch.
     wanted: AtomicBool,
     over: AtomicBool,
+    hush: Hush,
 }
 
 impl Bench {
@@ -192,7 +194,10 @@ impl Bench {
                 processed.more
             }
             Err(error) => {
-                tracing::warn!("a queue: {error}");
+                if self.hush.allows() {
+                    let queue = thread::current();
+                    tracing::warn!("{}: {error}", queue.name().unwrap_or_default());
+                }
                 signal.needs_reset();
                 *job = None;
                 false
@@ -252,6 +257,7 @@ impl EndpointDevice {
                 job: Mutex::default(),
                 wanted: AtomicBool::new(false),
                 over: AtomicBool::new(false),
+                hush: Hush::default(),
             });
             let run = bench.clone();
             let thread = thread::Builder::new().name(label).spawn(move || run.run())?;

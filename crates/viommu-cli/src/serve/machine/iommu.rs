@@ -14,6 +14,7 @@ use viommu_virtio::{EventQueue, PendingError, RequestQueue, VirtioIommu};
 use virtio_queue::Queue;
 
 use super::unit::{self, Unit};
+use crate::serve::hush::Hush;
 
 const DEVICE_TYPE: u16 = 23;
 /// PCI's class of an IOMMU.
@@ -36,6 +37,7 @@ pub(crate) struct IommuDevice {
     events: Option<(EventQueue<Windows>, QueueSignal)>,
     faults: Arc<OwnedFd>,
     again: OwnedFd,
+    hush: Hush,
 }
 
 impl IommuDevice {
@@ -50,7 +52,17 @@ impl IommuDevice {
         let again = eventfd(0, flags)?;
         let raised = faults.clone();
         device.notify_faults(move || raise(&raised));
-        Ok(Self { device, address, unit, windows, requests: None, events: None, faults, again })
+        Ok(Self {
+            device,
+            address,
+            unit,
+            windows,
+            requests: None,
+            events: None,
+            faults,
+            again,
+            hush: Hush::default(),
+        })
     }
 
     fn serve_requests(&mut self) {
@@ -66,7 +78,9 @@ impl IommuDevice {
                     }
                 }
                 Err(error) => {
-                    tracing::warn!("the request queue: {error}");
+                    if self.hush.allows() {
+                        tracing::warn!("the request queue: {error}");
+                    }
                     return signal.needs_reset();
                 }
             }
@@ -77,7 +91,9 @@ impl IommuDevice {
     fn serve_events(&mut self) {
         let Some((events, signal)) = &mut self.events else { return };
         if let Err(error) = events.process() {
-            tracing::warn!("the event queue: {error}");
+            if self.hush.allows() {
+                tracing::warn!("the event queue: {error}");
+            }
             signal.needs_reset();
         }
     }
