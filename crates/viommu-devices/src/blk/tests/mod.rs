@@ -2,6 +2,7 @@
 
 mod file;
 mod hostile;
+mod model;
 mod requests;
 
 use super::recording::Recording;
