@@ -1,0 +1,1 @@
+//! What the live tests and the program inside their guests must agree on.
