@@ -8,6 +8,8 @@ mod judge;
 mod progress;
 mod replay;
 mod report;
+#[cfg_attr(not(test), expect(dead_code, reason = "its parts; what runs them comes with the server"))]
+mod serve;
 
 use std::process::ExitCode;
 
