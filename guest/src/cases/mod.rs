@@ -21,4 +21,5 @@ pub(crate) const CASES: &[Case] = &[Case {
 }];
 
 /// What the guests run, by name.
-pub(crate) const SCRIPTS: [(&str, &str); 1] = [("io", include_str!("io.sh"))];
+pub(crate) const SCRIPTS: [(&str, &str); 2] =
+    [("io", include_str!("io.sh")), ("probe", include_str!("probe.sh"))];

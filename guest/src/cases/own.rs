@@ -1,5 +1,7 @@
 //! QEMU's own virtio-iommu and devices: what these tests see of a guest is right before it is held against viommu.
 
+use std::path::Path;
+
 use anyhow::{Context as _, ensure};
 
 use crate::{
@@ -8,9 +10,11 @@ use crate::{
     vm::{Config, expect},
 };
 
-pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
-    let disk = run.disk("disk.img", 16)?;
-    let config = Config::new("io").append("iommu.strict=1 blk=00:02.0 rng=00:03.0").arguments([
+/// Where its devices are.
+const PLACES: &str = "iommu.strict=1 blk=00:02.0 rng=00:03.0";
+
+fn devices(disk: &Path) -> [String; 8] {
+    [
         "-device".to_owned(),
         "virtio-iommu-pci,addr=1".to_owned(),
         "-drive".to_owned(),
@@ -19,8 +23,13 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
         "virtio-blk-pci,drive=disk,addr=2,disable-legacy=on,iommu_platform=on".to_owned(),
         "-device".to_owned(),
         "virtio-rng-pci,addr=3,disable-legacy=on,iommu_platform=on".to_owned(),
-    ]);
-    let mut vm = run.start(&config, "vm")?;
+    ]
+}
+
+pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
+    let disk = run.disk("disk.img", 16)?;
+    let config = Config::new("io").append(PLACES).arguments(devices(&disk));
+    let mut vm = run.start(&config, "io")?;
     vm.wait("QUIET")?;
     vm.tell("go")?;
     vm.wait("UNBOUND")?;
@@ -35,5 +44,11 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     ensure!(rings > 0, "the guest has a disk, but nothing is mapped for it: {quiet:x?}");
     let left: Vec<_> = replayed.at_end.iter().filter(|(_, mappings)| !mappings.is_empty()).collect();
     ensure!(left.is_empty(), "mapped after the drivers were gone: {left:x?}");
+
+    let config = Config::new("probe").append(PLACES).arguments(devices(&disk));
+    let mut vm = run.start(&config, "probe")?;
+    vm.wait("DONE")?;
+    vm.wait_console("page fault from EP 24 at 0x800000")?;
+    vm.wait_end()?;
     Ok(format!("{} maps and {} unmaps", replayed.maps, replayed.unmaps))
 }

@@ -101,7 +101,8 @@ fn in_stanzas(text: &str) -> Option<Mirror> {
                 "enabled" => enabled = words.next() != Some("no"),
                 // A key written into the stanza itself has no path.
                 "signed-by" => {
-                    source.keyring = source.keyring.or_else(|| words.next().filter(|word| word.starts_with('/')));
+                    source.keyring =
+                        source.keyring.or_else(|| words.next().filter(|word| word.starts_with('/')));
                 }
                 _ => {}
             }
