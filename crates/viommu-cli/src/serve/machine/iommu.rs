@@ -23,7 +23,7 @@ const REQUESTS: u16 = 0;
 const EVENTS: u16 = 1;
 /// Times that a driver that goes on kicking is served before the socket is looked at again.
 const ROUNDS: usize = 16;
-/// What is watched: faults to report, and requests left over.
+/// What is watched: faults to report, and requests left over. A client may ring either as the queue's doorbell.
 const FAULTS: usize = 0;
 const AGAIN: usize = 1;
 
@@ -36,7 +36,7 @@ pub(crate) struct IommuDevice {
     requests: Option<(RequestQueue<Windows>, QueueSignal)>,
     events: Option<(EventQueue<Windows>, QueueSignal)>,
     faults: Arc<OwnedFd>,
-    again: OwnedFd,
+    again: Arc<OwnedFd>,
     hush: Hush,
 }
 
@@ -49,7 +49,7 @@ impl IommuDevice {
     ) -> std::io::Result<Self> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let faults = Arc::new(eventfd(0, flags)?);
-        let again = eventfd(0, flags)?;
+        let again = Arc::new(eventfd(0, flags)?);
         let raised = faults.clone();
         device.notify_faults(move || raise(&raised));
         Ok(Self {
@@ -209,6 +209,14 @@ impl Device for IommuDevice {
             tracing::debug!("reset while devices were at work: {:?}", reset.inside);
         }
         unit::wait(reset.completion, "a reset of the IOMMU");
+    }
+
+    fn doorbell(&self, index: u16) -> Option<Arc<OwnedFd>> {
+        match index {
+            REQUESTS => Some(self.again.clone()),
+            EVENTS => Some(self.faults.clone()),
+            _ => None,
+        }
     }
 
     fn mapped(&mut self, window: Window) {
