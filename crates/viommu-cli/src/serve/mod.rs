@@ -5,6 +5,7 @@ pub(crate) mod control;
 pub(crate) mod device;
 pub(crate) mod options;
 pub(crate) mod qemu;
+pub(crate) mod record;
 pub(crate) mod snapshot;
 pub(crate) mod socket;
 pub(crate) mod viot;
