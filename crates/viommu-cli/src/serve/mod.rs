@@ -7,6 +7,7 @@ mod hush;
 mod machine;
 pub(crate) mod options;
 pub(crate) mod qemu;
+pub(crate) mod record;
 pub(crate) mod snapshot;
 pub(crate) mod socket;
 mod times;
