@@ -27,6 +27,8 @@ pub(crate) enum Command {
     Replay(Replay),
     /// Writes a history in viommu's own format
     Convert(Convert),
+    /// Serves a virtio-iommu and devices behind it to a virtual machine monitor that speaks vfio-user
+    Serve(crate::serve::args::Serve),
 }
 
 #[derive(Debug, Args)]

@@ -129,6 +129,6 @@ pub use device::{
     Added, Config, ConfigError, EndpointPlan, Reset, RestoreError, STATE_VERSION, SaveError, Saved,
     SavedMember, TopologyError, VirtioIommu,
 };
-pub use events::{EventLimits, EventQueue};
+pub use events::{EventLimits, EventQueue, RecentFault};
 pub use metrics::Metrics;
 pub use queue::{PendingError, QueueError, RequestQueue};

@@ -17,13 +17,41 @@ const CLASSES: usize = 32;
 pub(crate) struct Counters {
     requests: [[AtomicU64; STATUSES]; KINDS],
     malformed: AtomicU64,
-    unmap_times: [AtomicU64; CLASSES],
-    unmap_longest: AtomicU64,
+    request_times: Times,
+    unmap_times: Times,
     pub(crate) faults: [AtomicU64; 3],
     pub(crate) events_sent: AtomicU64,
     pub(crate) events_full: AtomicU64,
     pub(crate) events_limited: AtomicU64,
     pub(crate) small_buffers: AtomicU64,
+}
+
+/// How many took how long.
+#[derive(Debug, Default)]
+struct Times {
+    classes: [AtomicU64; CLASSES],
+    longest: AtomicU64,
+}
+
+impl Times {
+    fn add(&self, count: u64, nanos: u64) {
+        let class = usize::try_from(u64::BITS.saturating_sub(nanos.leading_zeros())).unwrap_or(CLASSES);
+        if let Some(counter) = self.classes.get(class).or_else(|| self.classes.last()) {
+            counter.fetch_add(count, Ordering::Relaxed);
+        }
+        // Looked at first: the line is written only by a new one.
+        if nanos > self.longest.load(Ordering::Relaxed) {
+            self.longest.fetch_max(nanos, Ordering::Relaxed);
+        }
+    }
+
+    fn classes(&self) -> [u64; CLASSES] {
+        self.classes.each_ref().map(|counter| counter.load(Ordering::Relaxed))
+    }
+
+    fn longest(&self) -> Duration {
+        Duration::from_nanos(self.longest.load(Ordering::Relaxed))
+    }
 }
 
 pub(crate) fn bump(counter: &AtomicU64) {
@@ -42,14 +70,14 @@ impl Counters {
         bump(&self.malformed);
     }
 
-    /// `count` UNMAPs took `time`, from when they were executed to when the driver could see their answers.
-    pub(crate) fn unmapped(&self, count: u64, time: Duration) {
+    /// So many requests, of which `unmaps` were UNMAPs, took `time`: from when the first of them was taken to when the
+    /// driver could see their answers.
+    pub(crate) fn gave_back(&self, requests: u64, unmaps: u64, time: Duration) {
         let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        let class = usize::try_from(u64::BITS.saturating_sub(nanos.leading_zeros())).unwrap_or(CLASSES);
-        if let Some(counter) = self.unmap_times.get(class).or_else(|| self.unmap_times.last()) {
-            counter.fetch_add(count, Ordering::Relaxed);
+        self.request_times.add(requests, nanos);
+        if unmaps > 0 {
+            self.unmap_times.add(unmaps, nanos);
         }
-        self.unmap_longest.fetch_max(nanos, Ordering::Relaxed);
     }
 
     pub(crate) fn snapshot(&self, events_pending: usize) -> Metrics {
@@ -58,8 +86,10 @@ impl Counters {
         Metrics {
             requests: self.requests.each_ref().map(|row| row.each_ref().map(load)),
             malformed: load(&self.malformed),
-            unmap_times: self.unmap_times.each_ref().map(load),
-            unmap_longest: Duration::from_nanos(load(&self.unmap_longest)),
+            request_times: self.request_times.classes(),
+            request_longest: self.request_times.longest(),
+            unmap_times: self.unmap_times.classes(),
+            unmap_longest: self.unmap_times.longest(),
             faults_unknown: load(unknown),
             faults_domain: load(domain),
             faults_mapping: load(mapping),
@@ -80,6 +110,13 @@ pub struct Metrics {
     pub requests: [[u64; STATUSES]; KINDS],
     /// Requests that could not be read or answered: used length 0.
     pub malformed: u64,
+    /// Requests by the time in which they were answered: from when [`RequestQueue::process`] began to take their batch
+    /// to when the driver could see their answers. Class n is below 2^n nanoseconds, and the last one is open.
+    ///
+    /// [`RequestQueue::process`]: crate::RequestQueue::process
+    pub request_times: [u64; CLASSES],
+    /// The longest such time.
+    pub request_longest: Duration,
     /// UNMAPs by the time until their answer: class n is below 2^n nanoseconds.
     pub unmap_times: [u64; CLASSES],
     /// The longest such time.
@@ -122,17 +159,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unmapped_when_times_differ_counts_each_in_its_class() {
+    fn gave_back_when_times_differ_counts_each_in_its_class() {
         let counters = Counters::default();
-        counters.unmapped(2, Duration::ZERO);
-        counters.unmapped(1, Duration::from_nanos(1023));
-        counters.unmapped(1, Duration::from_nanos(1024));
-        counters.unmapped(1, Duration::from_secs(100));
+        counters.gave_back(7, 2, Duration::ZERO);
+        counters.gave_back(1, 1, Duration::from_nanos(1023));
+        counters.gave_back(1, 1, Duration::from_nanos(1024));
+        counters.gave_back(1, 1, Duration::from_secs(100));
         let metrics = counters.snapshot(0);
         assert_eq!(metrics.unmap_times.iter().sum::<u64>(), 5);
         assert_eq!((metrics.unmap_times[0], metrics.unmap_times[10], metrics.unmap_times[11]), (2, 1, 1));
         assert_eq!(metrics.unmap_times[31], 1);
+        assert_eq!((metrics.request_times[0], metrics.request_times.iter().sum::<u64>()), (7, 10));
         assert_eq!(metrics.unmap_longest, Duration::from_secs(100));
+        counters.gave_back(1, 0, Duration::from_secs(101));
+        let metrics = counters.snapshot(0);
+        assert_eq!((metrics.unmap_longest.as_secs(), metrics.request_longest.as_secs()), (100, 101));
     }
 
     #[test]

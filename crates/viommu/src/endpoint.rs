@@ -147,6 +147,11 @@ impl EndpointShared {
         self.sight.current()
     }
 
+    /// How often its readers have gone inside.
+    pub(crate) fn stays(&self) -> u64 {
+        self.sight.stays()
+    }
+
     /// A new reader.
     pub(crate) fn add_slot(&self, slot: &Arc<Slot>) {
         self.sight.add_slot(slot);

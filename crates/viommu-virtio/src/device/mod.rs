@@ -19,7 +19,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
 
-use crate::events::{EventLimits, EventQueue, Faults};
+use crate::events::{EventLimits, EventQueue, Faults, RecentFault};
 use crate::log;
 use crate::metrics::{Counters, Metrics};
 use crate::queue::RequestQueue;
@@ -401,6 +401,12 @@ impl VirtioIommu {
     /// device's thread, under its guard: it must not block, wait, or call the device.
     pub fn notify_faults(&self, notifier: impl Fn() + Send + Sync + 'static) {
         self.faults().notify(Arc::new(notifier));
+    }
+
+    /// The last 16 faults, oldest first: also those that were not reported to the driver.
+    #[must_use]
+    pub fn recent_faults(&self) -> Vec<RecentFault> {
+        self.faults().recent()
     }
 
     /// What the device has done so far.

@@ -34,6 +34,18 @@ impl Default for EventLimits {
     }
 }
 
+/// Faults that are remembered.
+const RECENT: usize = 16;
+
+/// A fault, and when it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecentFault {
+    /// When.
+    pub at: Instant,
+    /// What.
+    pub fault: viommu::Fault,
+}
+
 type Notifier = Arc<dyn Fn() + Send + Sync>;
 
 /// Collects faults on the threads of the devices; takes no lock but its own.
@@ -49,6 +61,8 @@ struct State {
     /// By endpoint: how many of `pending`, and how many more it may cause. Endpoints that are there, only.
     endpoints: BTreeMap<u32, (usize, Bucket)>,
     notifier: Option<Notifier>,
+    /// The last ones, oldest first, whether they are reported or not.
+    recent: VecDeque<RecentFault>,
 }
 
 impl Faults {
@@ -140,9 +154,21 @@ impl Faults {
         }
     }
 
-    fn may_report(&self, endpoint: u32) -> bool {
-        let now = Instant::now();
-        self.with(|state| state.endpoints.get_mut(&endpoint).is_some_and(|(_, bucket)| bucket.take(now)))
+    /// Remembers a fault; gives whether its endpoint may have it reported.
+    fn note(&self, fault: &viommu::Fault) -> bool {
+        let at = Instant::now();
+        self.with(|state| {
+            if state.recent.len() >= RECENT {
+                state.recent.pop_front();
+            }
+            state.recent.push_back(RecentFault { at, fault: *fault });
+            let endpoint = fault.endpoint.and_then(|id| state.endpoints.get_mut(&id.requester));
+            endpoint.is_some_and(|(_, bucket)| bucket.take(at))
+        })
+    }
+
+    pub(crate) fn recent(&self) -> Vec<RecentFault> {
+        self.with(|state| state.recent.iter().copied().collect())
     }
 }
 
@@ -156,8 +182,9 @@ impl FaultSink for Faults {
         if let Some(counter) = self.counters.faults.get(usize::from(reason)) {
             bump(counter);
         }
+        let may_report = self.note(fault);
         let Some(EndpointId { requester, .. }) = fault.endpoint else { return };
-        if !self.may_report(requester) {
+        if !may_report {
             bump(&self.counters.events_limited);
             return;
         }
@@ -232,6 +259,19 @@ mod tests {
         }));
         (0..3).for_each(|at| faults.fault(&fault(8, at, FaultReason::Unmapped)));
         assert_eq!(told.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn recent_when_there_are_many_has_the_last_ones_reported_or_not() {
+        let (faults, counters) =
+            faults(EventLimits { per_second: 0, per_endpoint: 1, ..EventLimits::default() });
+        assert!(faults.recent().is_empty());
+        (0..20).for_each(|at| faults.fault(&fault(8, at, FaultReason::Unmapped)));
+        let recent = faults.recent();
+        assert!(recent.is_sorted_by_key(|fault| fault.at));
+        let iovas: Vec<u64> = recent.iter().map(|fault| fault.fault.iova.0).collect();
+        assert_eq!(iovas, (4..20).collect::<Vec<_>>());
+        assert_eq!(counters.snapshot(0).events_dropped_rate, 19);
     }
 
     #[test]

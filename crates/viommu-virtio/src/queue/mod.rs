@@ -173,15 +173,14 @@ where
             if !over {
                 break;
             }
-            if first.unmaps > 0 {
-                self.device.counters().unmapped(first.unmaps, first.since.elapsed());
-            }
-            let count = first.answers;
+            let (count, unmaps, since) = (first.answers, first.unmaps, first.since);
             self.waiting.pop_front();
             for (head, len) in self.answers.drain(..count.min(self.answers.len())) {
                 self.queue.add_used(memory, head, len)?;
                 used = true;
             }
+            let requests = u64::try_from(count).unwrap_or(u64::MAX);
+            self.device.counters().gave_back(requests, unmaps, since.elapsed());
         }
         if used && wants_interrupt(&mut self.queue, memory)? {
             (self.interrupt)();

@@ -248,6 +248,14 @@ impl Endpoint {
         control.endpoints.get(&self.id).map_or_else(Vec::new, |member| member.regions.to_vec())
     }
 
+    /// Guards that its readers have made since it came: batches of translations, at no cost to any of them. 0 when it has
+    /// been removed.
+    #[must_use]
+    pub fn batches(&self) -> u64 {
+        let control = lock(&self.iommu.unit.control);
+        control.endpoints.get(&self.id).map_or(0, |member| member.shared.stays())
+    }
+
     /// Attaches it to a domain. All that follows it comes along: what it saw before goes, what the domain holds comes;
     /// a bound endpoint is switched as one act. Attaching where it is changes nothing.
     ///

@@ -16,7 +16,27 @@ pub(crate) struct Published<O> {
     current: Mutex<Arc<O>>,
     /// One change at a time.
     publishing: Mutex<()>,
-    slots: Mutex<Vec<Arc<Slot>>>,
+    slots: Mutex<Slots>,
+}
+
+#[derive(Default)]
+struct Slots {
+    there: Vec<Arc<Slot>>,
+    /// Stays of those that are not there any more.
+    past: u64,
+}
+
+impl Slots {
+    fn drop_closed(&mut self) {
+        let Self { there, past } = self;
+        there.retain(|slot| {
+            let closed = slot.is_closed();
+            if closed {
+                *past = past.wrapping_add(slot.stays());
+            }
+            !closed
+        });
+    }
 }
 
 /// On a line of its own: read at every translation, written by an attach.
@@ -29,7 +49,7 @@ impl<O: Outlook> Published<O> {
             generation: Line(AtomicU64::new(1)),
             current: Mutex::new(Arc::new(outlook)),
             publishing: Mutex::new(()),
-            slots: Mutex::new(Vec::new()),
+            slots: Mutex::new(Slots::default()),
         }
     }
 
@@ -47,8 +67,15 @@ impl<O: Outlook> Published<O> {
     /// The readers, those that are gone left out.
     fn slots(&self) -> Vec<Arc<Slot>> {
         let mut slots = lock(&self.slots);
-        slots.retain(|slot| !slot.is_closed());
-        slots.clone()
+        slots.drop_closed();
+        slots.there.clone()
+    }
+
+    /// How often all readers there have been have gone inside.
+    pub(crate) fn stays(&self) -> u64 {
+        let mut slots = lock(&self.slots);
+        slots.drop_closed();
+        slots.there.iter().fold(slots.past, |sum, slot| sum.wrapping_add(slot.stays()))
     }
 
     /// A new reader.
@@ -58,7 +85,7 @@ impl<O: Outlook> Published<O> {
         if let Some(space) = current.space() {
             space.join(slot);
         }
-        lock(&self.slots).push(slot.clone());
+        lock(&self.slots).there.push(slot.clone());
     }
 
     /// Publishes a new outlook: readers join the new address space before they can see it, and leave the old one after

@@ -130,6 +130,12 @@ impl Drop for Entry {
 }
 
 impl Slot {
+    /// How often the reader has gone inside. A reader that is gone has taken one step more.
+    pub(crate) fn stays(&self) -> u64 {
+        let closed = self.is_closed();
+        (self.state.load(Ordering::Relaxed) / STEP).saturating_sub(u64::from(closed))
+    }
+
     #[cold]
     fn wake(&self) {
         let waiting = core::mem::take(&mut *lock(&self.waiters));

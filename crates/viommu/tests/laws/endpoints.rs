@@ -448,3 +448,28 @@ fn caps_on_mappings_do_not_drift() {
     let domain = iommu.create_domain(1, Tables::Owned).unwrap();
     full.iter().for_each(|m| over(domain.map(*m).unwrap()));
 }
+
+#[test]
+fn batches_count_guards_of_readers_that_are_there_and_that_were() {
+    let (iommu, _) = unit_with(|b| b.ram(0, 16 * PAGE).bypass(true));
+    let e = endpoint(&iommu, 8);
+    assert_eq!(e.batches(), 0);
+    let mut first = e.reader("first").unwrap();
+    let mut second = first.clone();
+    for _ in 0..3 {
+        let guard = first.enter();
+        guard.translate(viommu::Iova(0), Access::READ).unwrap();
+        guard.translate(viommu::Iova(PAGE), Access::READ).unwrap();
+    }
+    let guard = second.enter();
+    assert_eq!(e.batches(), 4);
+    drop(guard);
+    drop(second);
+    assert_eq!(e.batches(), 4);
+    drop(first);
+    assert_eq!((e.batches(), e.batches()), (4, 4));
+    drop(e.reader("third").unwrap().enter());
+    assert_eq!(e.batches(), 5);
+    over(e.clone().remove().unwrap());
+    assert_eq!(e.batches(), 0);
+}
