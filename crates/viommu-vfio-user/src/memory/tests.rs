@@ -58,7 +58,7 @@ fn windows_when_adjacent_are_one_memory_and_come_in_any_order() {
     }
     let starts: Vec<_> = windows.list().iter().map(|window| window.address).collect();
     assert_eq!(starts, [0, PAGE, 2 * PAGE]);
-    let data = vec![7; 3 * PAGE as usize];
+    let data = vec![7; 3 * 4096];
     windows.memory().write_slice(&data, GuestAddress(0)).unwrap();
     assert!(windows.memory().write_slice(&data, GuestAddress(1)).is_err());
 }
