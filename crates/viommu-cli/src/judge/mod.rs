@@ -19,6 +19,7 @@ use std::num::NonZeroU64;
 
 use viommu_trace::{Entry, Event, Format, Region};
 
+pub(crate) use guest::{REQUESTS, STATUSES};
 pub(crate) use summary::{Read, Summary};
 pub(crate) use world::Judge;
 

@@ -11,6 +11,7 @@ use viommu_virtio::viot::Bdf;
 
 use super::args::{Serve, Switch};
 use super::device::Kind;
+use super::qemu;
 
 /// Bytes: what reserved regions and apertures are made of, and the smallest page there can be.
 const PAGE: u64 = 4096;
@@ -40,7 +41,7 @@ impl core::fmt::Display for OptionError {
 
 impl std::error::Error for OptionError {}
 
-fn refused(option: &'static str, value: impl ToString, why: impl ToString) -> OptionError {
+pub(super) fn refused(option: &'static str, value: impl ToString, why: impl ToString) -> OptionError {
     OptionError { option, value: value.to_string(), why: why.to_string() }
 }
 
@@ -116,15 +117,17 @@ impl ServePlan {
         if let Some(record) = &args.record {
             check_record(record)?;
         }
-        Ok(Self {
-            socket_dir: socket_dir(&args.socket_dir)?,
+        let plan = Self {
+            socket_dir: PathBuf::new(),
             iommu,
             devices,
             hotplug,
             record: args.record.clone(),
             memory,
             allow_unsealed_memory: args.allow_unsealed_memory,
-        })
+        };
+        qemu::check(&plan)?;
+        Ok(Self { socket_dir: socket_dir(&args.socket_dir)?, ..plan })
     }
 
     /// The IOMMU's socket.
@@ -412,4 +415,4 @@ fn socket_dir(directory: &Path) -> Result<PathBuf, OptionError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -3,21 +3,22 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::snapshot::Histogram;
+
 /// Classes: class n is below 2^n nanoseconds, the last one has all the rest.
-pub(crate) const CLASSES: usize = 40;
+const CLASSES: usize = 40;
 
 /// Durations, counted by class.
 #[derive(Debug)]
 pub(crate) struct Times {
     classes: [AtomicU64; CLASSES],
-    total: AtomicU64,
     longest: AtomicU64,
 }
 
 impl Default for Times {
     fn default() -> Self {
         let classes = core::array::from_fn(|_| AtomicU64::new(0));
-        Self { classes, total: AtomicU64::new(0), longest: AtomicU64::new(0) }
+        Self { classes, longest: AtomicU64::new(0) }
     }
 }
 
@@ -29,23 +30,13 @@ impl Times {
         if let Some(count) = self.classes.get(class.min(CLASSES.saturating_sub(1))) {
             count.fetch_add(1, Ordering::Relaxed);
         }
-        self.total.fetch_add(nanoseconds, Ordering::Relaxed);
         self.longest.fetch_max(nanoseconds, Ordering::Relaxed);
     }
 
-    /// By class.
-    pub(crate) fn classes(&self) -> [u64; CLASSES] {
-        self.classes.each_ref().map(|count| count.load(Ordering::Relaxed))
-    }
-
-    /// Of all, in nanoseconds.
-    pub(crate) fn total(&self) -> u64 {
-        self.total.load(Ordering::Relaxed)
-    }
-
-    /// In nanoseconds.
-    pub(crate) fn longest(&self) -> u64 {
-        self.longest.load(Ordering::Relaxed)
+    /// All so far.
+    pub(crate) fn histogram(&self) -> Histogram {
+        let classes = self.classes.iter().map(|count| count.load(Ordering::Relaxed)).collect();
+        Histogram { classes, longest_ns: self.longest.load(Ordering::Relaxed) }
     }
 }
 
@@ -59,8 +50,8 @@ mod tests {
         for nanoseconds in [0, 1, 1023, 1024, u64::MAX] {
             times.add(Duration::from_nanos(nanoseconds));
         }
-        let classes = times.classes();
+        let Histogram { classes, longest_ns } = times.histogram();
         assert_eq!((classes[0], classes[1], classes[10], classes[11], classes[39]), (1, 1, 1, 1, 1));
-        assert_eq!(times.longest(), u64::MAX);
+        assert_eq!(longest_ns, u64::MAX);
     }
 }

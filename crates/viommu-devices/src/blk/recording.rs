@@ -108,6 +108,7 @@ impl Recording {
     pub(crate) fn fill(&self, byte: impl Fn(usize) -> u8) {
         let mut state = self.state.lock().unwrap();
         state.bytes.iter_mut().enumerate().for_each(|(at, place)| *place = byte(at));
+        state.safe = state.bytes.clone();
     }
 }
 

@@ -21,6 +21,7 @@ struct Sending {
     /// For commands of ours. Replies carry the client's.
     id: u16,
     buffer: Vec<u8>,
+    clients: u64,
 }
 
 impl Link {
@@ -30,7 +31,9 @@ impl Link {
     }
 
     pub(crate) fn connect(&self, stream: UnixStream) {
-        *self.lock() = Sending { stream: Some(stream), ..Sending::default() };
+        let mut sending = self.lock();
+        let clients = sending.clients.wrapping_add(1);
+        *sending = Sending { stream: Some(stream), clients, ..Sending::default() };
     }
 
     pub(crate) fn disconnect(&self) {
@@ -49,6 +52,12 @@ impl Link {
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.lock().stream.is_some()
+    }
+
+    /// Clients that there have been.
+    #[must_use]
+    pub fn clients(&self) -> u64 {
+        self.lock().clients
     }
 
     pub(crate) fn reply(&self, header: &Header, payload: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {

@@ -303,8 +303,8 @@ fn map(function: &mut impl Function, payload: &[u8], fds: Vec<OwnedFd>) -> Resul
 fn errno_of(error: WindowError) -> Errno {
     match error {
         WindowError::Overlap => Errno::EXIST,
-        WindowError::TooMany(_) => Errno::NOSPC,
-        WindowError::Unsealed => Errno::PERM,
+        WindowError::TooMany(_) | WindowError::TooManyFiles(_) | WindowError::TooMuch(_) => Errno::NOSPC,
+        WindowError::Unsealed | WindowError::Huge => Errno::PERM,
         WindowError::Unknown => Errno::NOENT,
         WindowError::Descriptor(errno) => errno,
         WindowError::Map(_) => Errno::NOMEM,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::common::{QueueSetup, register};
-use super::signal::{DeviceSignal, NO_VECTOR, QueueSignal, Shared};
+use super::signal::{DeviceSignal, DriverState, NO_VECTOR, QueueSignal, Shared};
 use super::{Device, ResetBy, feature, status};
 use crate::function::{Doorbell, Function, Region};
 use crate::memory::{Window, Windows};
@@ -115,6 +115,12 @@ impl<D: Device> VirtioFunction<D> {
         &self.device
     }
 
+    /// What its driver has made of it, for whoever watches.
+    #[must_use]
+    pub fn driver_state(&self) -> DriverState {
+        DriverState(self.shared.clone())
+    }
+
     fn status(&self) -> u8 {
         self.shared.status.load(Ordering::SeqCst)
     }
@@ -132,6 +138,7 @@ impl<D: Device> VirtioFunction<D> {
         }
         self.device.reset(by);
         self.driver = 0;
+        self.shared.features.store(0, Ordering::SeqCst);
         (self.device_select, self.driver_select, self.queue_select) = (0, 0, 0);
         self.shared.config_vector.store(NO_VECTOR, Ordering::SeqCst);
         let _isr = self.shared.take_isr();
@@ -170,6 +177,7 @@ impl<D: Device> VirtioFunction<D> {
             let whole = self.driver & feature::VERSION_1 != 0 && self.driver & !self.offered == 0;
             if whole && self.device.negotiate(self.driver) {
                 now |= status::FEATURES_OK;
+                self.shared.features.store(self.driver, Ordering::SeqCst);
             }
         }
         let begins = value & status::DRIVER_OK != 0 && now & status::DRIVER_OK == 0;

@@ -13,7 +13,7 @@ use crate::memory::Window;
 use crate::server::Link;
 
 pub use function::VirtioFunction;
-pub use signal::{DeviceSignal, QueueSignal};
+pub use signal::{DeviceSignal, DriverState, QueueSignal};
 
 /// Bits of `device_status` (2.1).
 pub mod status {

@@ -1,7 +1,7 @@
 //! From a device to its driver: interrupts, and "reset me".
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use super::status;
 use crate::server::Interrupts;
@@ -19,6 +19,8 @@ pub(super) struct Shared {
     pub(super) status: AtomicU8,
     pub(super) generation: AtomicU8,
     pub(super) config_vector: AtomicU16,
+    /// What was negotiated.
+    pub(super) features: AtomicU64,
     isr: AtomicU8,
 }
 
@@ -29,6 +31,7 @@ impl Shared {
             status: AtomicU8::new(0),
             generation: AtomicU8::new(0),
             config_vector: AtomicU16::new(NO_VECTOR),
+            features: AtomicU64::new(0),
             isr: AtomicU8::new(0),
         }
     }
@@ -73,6 +76,24 @@ impl DeviceSignal {
         if before & status::DRIVER_OK != 0 && before & status::NEEDS_RESET == 0 {
             self.0.config_interrupt();
         }
+    }
+}
+
+/// What a driver has made of a device, to be read from any thread.
+#[derive(Clone, Debug)]
+pub struct DriverState(pub(super) Arc<Shared>);
+
+impl DriverState {
+    /// `device_status`; see [`status`].
+    #[must_use]
+    pub fn status(&self) -> u8 {
+        self.0.status.load(Ordering::SeqCst)
+    }
+
+    /// The features that were negotiated; none until then.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.0.features.load(Ordering::SeqCst)
     }
 }
 

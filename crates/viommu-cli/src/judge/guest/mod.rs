@@ -19,7 +19,7 @@ use viommu::{
 
 pub(crate) use direct::Direct;
 pub(crate) use memory::Eyes;
-pub(crate) use reply::{Answer, Why};
+pub(crate) use reply::{Answer, REQUESTS, STATUSES, Why};
 pub(crate) use virtio::{ModelLine, Virtio};
 
 /// The longest that a step may take; software consumers are done at once.

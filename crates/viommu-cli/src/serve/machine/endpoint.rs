@@ -1,14 +1,17 @@
 //! A device behind the IOMMU: an engine, and a thread for each of its queues.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use rustix::event::{EventfdFlags, eventfd};
 use viommu::Endpoint;
-use viommu_devices::{Blk, BlkOptions, Rng};
+use viommu_devices::blk::{Answers, Metrics};
+use viommu_devices::{Blk, BlkOptions, Rng, RngMetrics};
 use viommu_memory::EndpointSpace;
 use viommu_vfio_user::Windows;
 use viommu_vfio_user::memory::Window;
@@ -18,6 +21,8 @@ use virtio_queue::Queue;
 
 use super::unit::Unit;
 use crate::serve::device::Kind;
+use crate::serve::hush::Hush;
+use crate::serve::times::Times;
 
 /// The greatest size of a queue.
 const QUEUE_SIZE: u16 = 256;
@@ -74,6 +79,18 @@ impl Engine {
         }
     }
 
+    /// What it has done, by name.
+    pub(crate) fn counters(&self) -> BTreeMap<String, u64> {
+        let named = match self {
+            Self::Blk(blk) => blk_counters(&blk.metrics()),
+            Self::Rng(rng) => {
+                let RngMetrics { requests, bytes, unanswered, .. } = rng.metrics();
+                vec![("requests", requests), ("bytes", bytes), ("unanswered", unanswered)]
+            }
+        };
+        named.into_iter().map(|(name, count)| (name.to_owned(), count)).collect()
+    }
+
     /// Makes safe what was written.
     pub(crate) fn flush(&self) -> io::Result<()> {
         match self {
@@ -81,6 +98,33 @@ impl Engine {
             Self::Rng(_) => Ok(()),
         }
     }
+}
+
+fn blk_counters(metrics: &Metrics) -> Vec<(&'static str, u64)> {
+    let all = |answers: &Answers| answers.ok.saturating_add(answers.ioerr).saturating_add(answers.unsupp);
+    let kinds = [
+        &metrics.reads,
+        &metrics.writes,
+        &metrics.flushes,
+        &metrics.discards,
+        &metrics.write_zeroes,
+        &metrics.ids,
+        &metrics.others,
+    ];
+    let refused = |answers: &&Answers| answers.ioerr.saturating_add(answers.unsupp);
+    vec![
+        ("reads", all(&metrics.reads)),
+        ("writes", all(&metrics.writes)),
+        ("flushes", all(&metrics.flushes)),
+        ("discards", all(&metrics.discards)),
+        ("write_zeroes", all(&metrics.write_zeroes)),
+        ("refused", kinds.iter().map(refused).fold(0, u64::saturating_add)),
+        ("unanswered", metrics.unanswered),
+        ("bytes_read", metrics.bytes_read),
+        ("bytes_written", metrics.bytes_written),
+        ("syncs", metrics.syncs),
+        ("errors", metrics.errors),
+    ]
 }
 
 /// A queue at work.
@@ -93,6 +137,7 @@ struct Job {
 /// What a queue's thread shares with the server's.
 struct Bench {
     engine: Arc<Engine>,
+    times: Arc<Times>,
     memory: EndpointSpace<Windows>,
     kick: Arc<OwnedFd>,
     /// Locked for a batch at a time.
@@ -100,6 +145,7 @@ struct Bench {
     /// Somebody wants the job: the thread lets go after its batch.
     wanted: AtomicBool,
     over: AtomicBool,
+    hush: Hush,
 }
 
 impl Bench {
@@ -136,15 +182,22 @@ impl Bench {
         }
         let mut job = self.job();
         let Some(Job { queue, signal, features }) = &mut *job else { return false };
+        let start = Instant::now();
         match self.engine.process(*features, queue, &self.memory) {
             Ok(processed) => {
+                if processed.requests > 0 {
+                    self.times.add(start.elapsed());
+                }
                 if processed.interrupt {
                     signal.interrupt();
                 }
                 processed.more
             }
             Err(error) => {
-                tracing::warn!("a queue: {error}");
+                if self.hush.allows() {
+                    let queue = thread::current();
+                    tracing::warn!("{}: {error}", queue.name().unwrap_or_default());
+                }
                 signal.needs_reset();
                 *job = None;
                 false
@@ -186,6 +239,7 @@ impl EndpointDevice {
     pub(crate) fn new(
         address: Bdf,
         engine: Arc<Engine>,
+        times: &Arc<Times>,
         endpoint: &Endpoint,
         unit: Unit,
         windows: &Windows,
@@ -197,11 +251,13 @@ impl EndpointDevice {
             let reader = endpoint.reader(&label).ok_or_else(|| io::Error::other("the endpoint is gone"))?;
             let bench = Arc::new(Bench {
                 engine: engine.clone(),
+                times: times.clone(),
                 memory: EndpointSpace::new(reader, windows.clone()),
                 kick: Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?),
                 job: Mutex::default(),
                 wanted: AtomicBool::new(false),
                 over: AtomicBool::new(false),
+                hush: Hush::default(),
             });
             let run = bench.clone();
             let thread = thread::Builder::new().name(label).spawn(move || run.run())?;

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use viommu_vfio_user::Windows;
@@ -14,7 +14,7 @@ use viommu_virtio::{EventQueue, PendingError, RequestQueue, VirtioIommu};
 use virtio_queue::Queue;
 
 use super::unit::{self, Unit};
-use crate::serve::times::Times;
+use crate::serve::hush::Hush;
 
 const DEVICE_TYPE: u16 = 23;
 /// PCI's class of an IOMMU.
@@ -23,7 +23,7 @@ const REQUESTS: u16 = 0;
 const EVENTS: u16 = 1;
 /// Times that a driver that goes on kicking is served before the socket is looked at again.
 const ROUNDS: usize = 16;
-/// What is watched: faults to report, and requests left over.
+/// What is watched: faults to report, and requests left over. A client may ring either as the queue's doorbell.
 const FAULTS: usize = 0;
 const AGAIN: usize = 1;
 
@@ -36,8 +36,8 @@ pub(crate) struct IommuDevice {
     requests: Option<(RequestQueue<Windows>, QueueSignal)>,
     events: Option<(EventQueue<Windows>, QueueSignal)>,
     faults: Arc<OwnedFd>,
-    again: OwnedFd,
-    times: Arc<Times>,
+    again: Arc<OwnedFd>,
+    hush: Hush,
 }
 
 impl IommuDevice {
@@ -46,32 +46,41 @@ impl IommuDevice {
         address: Bdf,
         unit: Unit,
         windows: Windows,
-        times: Arc<Times>,
     ) -> std::io::Result<Self> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let faults = Arc::new(eventfd(0, flags)?);
-        let again = eventfd(0, flags)?;
+        let again = Arc::new(eventfd(0, flags)?);
         let raised = faults.clone();
         device.notify_faults(move || raise(&raised));
-        Ok(Self { device, address, unit, windows, requests: None, events: None, faults, again, times })
+        Ok(Self {
+            device,
+            address,
+            unit,
+            windows,
+            requests: None,
+            events: None,
+            faults,
+            again,
+            hush: Hush::default(),
+        })
     }
 
     fn serve_requests(&mut self) {
         let Some((requests, signal)) = &mut self.requests else { return };
         for _ in 0..ROUNDS {
-            let start = Instant::now();
             match requests.process() {
                 Ok(more) => {
                     if !answered(requests, signal) {
                         return;
                     }
-                    self.times.add(start.elapsed());
                     if !more {
                         return;
                     }
                 }
                 Err(error) => {
-                    tracing::warn!("the request queue: {error}");
+                    if self.hush.allows() {
+                        tracing::warn!("the request queue: {error}");
+                    }
                     return signal.needs_reset();
                 }
             }
@@ -82,7 +91,9 @@ impl IommuDevice {
     fn serve_events(&mut self) {
         let Some((events, signal)) = &mut self.events else { return };
         if let Err(error) = events.process() {
-            tracing::warn!("the event queue: {error}");
+            if self.hush.allows() {
+                tracing::warn!("the event queue: {error}");
+            }
             signal.needs_reset();
         }
     }
@@ -198,6 +209,14 @@ impl Device for IommuDevice {
             tracing::debug!("reset while devices were at work: {:?}", reset.inside);
         }
         unit::wait(reset.completion, "a reset of the IOMMU");
+    }
+
+    fn doorbell(&self, index: u16) -> Option<Arc<OwnedFd>> {
+        match index {
+            REQUESTS => Some(self.again.clone()),
+            EVENTS => Some(self.faults.clone()),
+            _ => None,
+        }
     }
 
     fn mapped(&mut self, window: Window) {

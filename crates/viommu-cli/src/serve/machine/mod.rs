@@ -9,8 +9,10 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use viommu::{Endpoint, EndpointConfig, Iommu};
+use viommu_vfio_user::virtio::{DriverState, status};
 use viommu_vfio_user::{
     Device as VirtioDevice, Link, Server, Stopper, VirtioFunction, WindowLimits, Windows,
 };
@@ -20,8 +22,13 @@ use viommu_virtio::{Config, EndpointPlan, VirtioIommu};
 use self::endpoint::{EndpointDevice, Engine};
 use self::iommu::IommuDevice;
 use self::unit::Unit;
+use super::control::Live;
+use super::control::protocol::Plugged;
+use super::device::Kind;
 use super::options::{Device, IommuPlan, ServePlan};
+use super::snapshot::{self, Hex, Snapshot};
 use super::times::Times;
+use super::{qemu, snapshot::gather::nanos};
 
 /// Something that keeps a machine from being served.
 #[derive(Debug, thiserror::Error)]
@@ -45,8 +52,11 @@ pub(crate) enum MachineError {
 
 /// A function that is served.
 struct Served {
+    address: Bdf,
+    socket: PathBuf,
     stopper: Stopper,
     link: Link,
+    driver: DriverState,
     windows: Windows,
     thread: Option<JoinHandle<()>>,
 }
@@ -65,6 +75,7 @@ impl Drop for Served {
 struct Member {
     device: Device,
     engine: Arc<Engine>,
+    times: Arc<Times>,
     served: Served,
 }
 
@@ -73,9 +84,9 @@ pub(crate) struct Machine {
     plan: ServePlan,
     unit: Unit,
     device: Option<VirtioIommu>,
-    times: Arc<Times>,
     members: Mutex<BTreeMap<Bdf, Member>>,
-    iommu: Option<Served>,
+    iommu: Mutex<Option<Served>>,
+    started: Instant,
 }
 
 impl Machine {
@@ -84,7 +95,6 @@ impl Machine {
     /// # Errors
     /// See [`MachineError`]. Nothing is served then.
     pub(crate) fn start(plan: ServePlan) -> Result<Self, MachineError> {
-        let times = Arc::new(Times::default());
         let (unit, device) = match &plan.iommu {
             Some(iommu) => {
                 let device = virtio_iommu(iommu)?;
@@ -92,23 +102,34 @@ impl Machine {
             }
             None => (Unit::new(Iommu::builder().bypass(true).build()?), None),
         };
-        let mut machine = Self { plan, unit, device, times, members: Mutex::default(), iommu: None };
+        let started = Instant::now();
+        let machine =
+            Self { plan, unit, device, members: Mutex::default(), iommu: Mutex::default(), started };
         for device in machine.plan.devices.clone() {
             machine.add(device)?;
         }
         if let (Some(device), Some(plan)) = (&machine.device, &machine.plan.iommu) {
             let windows = Windows::new(machine.limits());
             let unit = machine.unit.clone();
-            let function =
-                IommuDevice::new(device.clone(), plan.address, unit, windows.clone(), machine.times.clone())?;
+            let function = IommuDevice::new(device.clone(), plan.address, unit, windows.clone())?;
             let socket = machine.plan.iommu_socket();
-            machine.iommu = Some(serve(function, windows, socket, machine.limits(), plan.address)?);
+            let served = serve(function, windows, socket, machine.limits(), plan.address)?;
+            *machine.iommu() = Some(served);
         }
         Ok(machine)
     }
 
     fn limits(&self) -> WindowLimits {
         WindowLimits { allow_unsealed: self.plan.allow_unsealed_memory, ..WindowLimits::default() }
+    }
+
+    /// What was asked for.
+    pub(crate) fn plan(&self) -> &ServePlan {
+        &self.plan
+    }
+
+    fn iommu(&self) -> MutexGuard<'_, Option<Served>> {
+        self.iommu.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn members(&self) -> MutexGuard<'_, BTreeMap<Bdf, Member>> {
@@ -122,9 +143,10 @@ impl Machine {
         let refused = |why: String| MachineError::Device { address, device: device.kind.to_string(), why };
         let engine = Arc::new(Engine::new(&device.kind, address).map_err(refused)?);
         let endpoint = self.add_endpoint(address).map_err(refused)?;
-        let served = self.serve_device(address, &engine, &endpoint);
+        let times = Arc::new(Times::default());
+        let served = self.serve_device(address, &engine, &times, &endpoint);
         let served = served.inspect_err(|_| self.remove_endpoint(address))?;
-        self.members().insert(address, Member { device, engine, served });
+        self.members().insert(address, Member { device, engine, times, served });
         Ok(())
     }
 
@@ -132,12 +154,13 @@ impl Machine {
         &self,
         address: Bdf,
         engine: &Arc<Engine>,
+        times: &Arc<Times>,
         endpoint: &Endpoint,
     ) -> Result<Served, MachineError> {
         let windows = Windows::new(self.limits());
         let behind = self.device.is_some();
-        let device =
-            EndpointDevice::new(address, engine.clone(), endpoint, self.unit.clone(), &windows, behind)?;
+        let unit = self.unit.clone();
+        let device = EndpointDevice::new(address, engine.clone(), times, endpoint, unit, &windows, behind)?;
         serve(device, windows, self.plan.socket(address), self.limits(), address)
     }
 
@@ -174,13 +197,13 @@ impl Machine {
     ///
     /// # Errors
     /// The disks whose data may be lost, and why.
-    pub(crate) fn stop(mut self) -> Result<(), Vec<String>> {
+    pub(crate) fn stop(&self) -> Result<(), Vec<String>> {
         let members = core::mem::take(&mut *self.members());
         // All are told before one is waited for.
         members.values().for_each(|member| member.served.stopper.stop());
-        self.iommu = None;
+        drop(self.iommu().take());
         let mut lost = Vec::new();
-        for (address, Member { device, engine, served }) in members {
+        for (address, Member { device, engine, served, .. }) in members {
             drop(served);
             if let Err(error) = engine.flush() {
                 lost.push(format!("{address}={}: what was written may be lost: {error}", device.kind));
@@ -216,13 +239,96 @@ fn serve(
     limits: WindowLimits,
     address: Bdf,
 ) -> Result<Served, MachineError> {
-    let mut server = Server::bind(&socket, VirtioFunction::new(device, windows.clone()), limits)?;
+    let function = VirtioFunction::new(device, windows.clone());
+    let driver = function.driver_state();
+    let mut server = Server::bind(&socket, function, limits)?;
     let (stopper, link) = (server.stopper(), server.link());
     let run = move || {
         if let Err(error) = server.run() {
-            tracing::error!("{}: {error}", socket.display());
+            tracing::error!("{address}: its socket is not served any more: {error}");
         }
     };
     let thread = thread::Builder::new().name(format!("{address} server")).spawn(run)?;
-    Ok(Served { stopper, link, windows, thread: Some(thread) })
+    Ok(Served { address, socket, stopper, link, driver, windows, thread: Some(thread) })
+}
+
+impl Served {
+    fn state(&self, device: String) -> snapshot::Function {
+        let windows = self.windows.list();
+        let (memory, refused): (Vec<_>, Vec<_>) = windows.into_iter().partition(|window| window.memory);
+        let count = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
+        snapshot::Function {
+            address: self.address.to_string(),
+            device,
+            socket: self.socket.display().to_string(),
+            connected: self.link.is_connected(),
+            connections: self.link.clients(),
+            driver_ready: self.driver.status() & status::DRIVER_OK != 0,
+            features: Hex(self.driver.features()),
+            memory: snapshot::Windows {
+                windows: count(memory.len()),
+                bytes: memory.iter().map(|window| window.size).sum(),
+                refused: count(refused.len()),
+            },
+            request_times: None,
+            counters: BTreeMap::new(),
+        }
+    }
+}
+
+impl Live for Machine {
+    fn snapshot(&self, mappings: bool) -> Snapshot {
+        let function = self.iommu().as_ref().map(|served| served.state("virtio-iommu".into()));
+        let iommu = self.device.as_ref().zip(function);
+        let iommu =
+            iommu.map(|(device, function)| snapshot::Iommu::of(device, function, self.started, mappings));
+        let members = self.members();
+        let endpoints = members.iter().map(|(address, member)| {
+            let function = snapshot::Function {
+                request_times: Some(member.times.histogram()),
+                counters: member.engine.counters(),
+                ..member.served.state(member.device.kind.to_string())
+            };
+            snapshot::Endpoint::of(self.device.as_ref(), u32::from(u16::from(*address)), function)
+        });
+        Snapshot {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            uptime_ns: nanos(self.started.elapsed()),
+            iommu,
+            endpoints: endpoints.collect(),
+        }
+    }
+
+    fn plug(&self, address: Bdf, device: Kind) -> Result<Plugged, String> {
+        if !self.plan.takes_hotplug(address) {
+            return Err(format!("{address} is in no --endpoint FIRST-LAST=hotplug of the server"));
+        }
+        if self.members().contains_key(&address) {
+            return Err(format!("there is a device at {address} already"));
+        }
+        self.add(Device { address, kind: device }).map_err(|why| why.to_string())?;
+        Ok(self.plugged(address, qemu::device_add(&self.plan, address)))
+    }
+
+    fn unplug(&self, address: Bdf) -> Result<Plugged, String> {
+        if !self.plan.takes_hotplug(address) {
+            return Err(format!("nothing was plugged in at {address}"));
+        }
+        let member = self.members().remove(&address);
+        let Member { engine, served, .. } =
+            member.ok_or_else(|| format!("there is no device at {address}"))?;
+        drop(served);
+        let flushed = engine.flush();
+        self.remove_endpoint(address);
+        flushed.map_err(|why| format!("the device is gone, but what was written may be lost: {why}"))?;
+        Ok(self.plugged(address, qemu::device_del(address)))
+    }
+}
+
+impl Machine {
+    fn plugged(&self, address: Bdf, qmp: String) -> Plugged {
+        let socket = self.plan.socket(address).display().to_string();
+        Plugged { address: address.to_string(), socket, qmp }
+    }
 }

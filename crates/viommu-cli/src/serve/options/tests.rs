@@ -8,7 +8,7 @@ struct Line {
     serve: Serve,
 }
 
-fn plan_in(directory: &Path, more: &[&str]) -> Result<ServePlan, String> {
+pub(crate) fn plan_in(directory: &Path, more: &[&str]) -> Result<ServePlan, String> {
     let directory = directory.to_str().unwrap();
     let first = ["serve", "--socket-dir", directory];
     let line = Line::try_parse_from(first.iter().chain(more)).map_err(|why| why.to_string())?;

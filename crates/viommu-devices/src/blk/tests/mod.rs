@@ -1,7 +1,9 @@
 //! Requests through a ring in memory, over a disk in memory.
 
+mod endpoint;
 mod file;
 mod hostile;
+mod model;
 mod requests;
 
 use super::recording::Recording;
