@@ -1,5 +1,6 @@
 //! What runs inside the guests of the live tests, where a shell does not do.
 
+mod kexec;
 mod load;
 mod memory;
 mod vfio;
@@ -7,7 +8,7 @@ mod virtio;
 
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: inside probe BDF GROUP | load DISK SEED THREADS BLOCKS WRITES SECONDS";
+const USAGE: &str = "usage: inside probe BDF GROUP | load DISK SEED THREADS BLOCKS WRITES SECONDS | kexec KERNEL INITRAMFS WORDS";
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -17,6 +18,7 @@ fn main() -> ExitCode {
         ["load", disk, seed, threads, blocks, writes, seconds] => {
             load::run(disk, [seed, threads, blocks, writes, seconds])
         }
+        ["kexec", kernel, initramfs, words] => kexec::run(kernel, initramfs, words),
         _ => Err(USAGE.into()),
     };
     match result {

@@ -1,0 +1,28 @@
+# Load on the disks at $disks, with $threads threads each that write $writes times, or for $seconds.
+load virtio_iommu
+load virtio_blk
+disks=$(echo $disks | tr , ' ')
+for at in $disks; do
+    until_true [ -n "$(disk_of $at)" ] || fail "no disk at $at"
+    say GROUP $at $(group_of $at)
+done
+if [ -n "$rng" ]; then
+    load virtio_rng
+    dd if=/dev/hwrng of=/dev/null bs=512 2> /dev/null &
+fi
+say LOADING
+number=0
+workers=
+for at in $disks; do
+    # Each line that begins with @@FLUSHED gets the disk's number.
+    inside load /dev/$(disk_of $at) $((number * 100)) $threads $blocks $writes $seconds > /tmp/load$number &
+    workers="$workers $!"
+    tail -f -n +1 /tmp/load$number | sed -u "s/^@@FLUSHED/& $number/" &
+    number=$((number + 1))
+done
+for worker in $workers; do
+    wait $worker || fail "load"
+done
+sleep 0.3
+say LOADED
+listen
