@@ -54,7 +54,7 @@ pub(crate) fn run(name: &str, disk: &str, numbers: [&str; 5]) -> Result<(), Box<
                 scope.spawn(move || {
                     let pattern = Pattern::new(seed + thread, blocks);
                     let mut worker =
-                        Worker { thread, file, pattern, last: HashMap::new(), torn: HashSet::new() };
+                        Worker { name, thread, file, pattern, last: HashMap::new(), torn: HashSet::new() };
                     worker.run(writes, until, totals)
                 })
             })
