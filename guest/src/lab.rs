@@ -155,8 +155,12 @@ fn one(lab: &Lab, case: &cases::Case, index: usize, keep: bool) -> bool {
     let kernel_name = &lab.parts.kernels[index].name;
     let name = format!("{}-{kernel_name}", case.name);
     let folder = lab.folder.join("runs").join(&name);
-    let run = Run { lab, kernel: &lab.parts.kernels[kernel], initramfs: &lab.initramfs[kernel], folder };
-    let result = emptied(&folder).and_then(|()| (case.run)(&run));
+    let result = emptied(&folder).and_then(|()| {
+        let sockets = tempfile::Builder::new().prefix("viommu-guest-").tempdir()?;
+        let kernel = &lab.parts.kernels[index];
+        let run = Run { lab, kernel, initramfs: &lab.initramfs[index], folder: folder.clone(), sockets };
+        (case.run)(&run)
+    });
     let time = begun.elapsed().as_secs_f64();
     match result {
         Ok(note) => {

@@ -2,14 +2,17 @@
 
 use std::{
     fs::{self, File},
+    io::{BufRead, BufReader, Write},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use rustix::process::{Pid, Signal};
+use serde_json::{Value, json};
 
 use crate::status::Status;
 
@@ -19,7 +22,6 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// A running server; it is killed when it goes out of scope.
 pub(crate) struct Server {
     child: Child,
-    viommu: PathBuf,
     sockets: PathBuf,
     output: PathBuf,
     log: PathBuf,
@@ -47,8 +49,7 @@ impl Server {
         command.arg("--memory").arg(format!("{memory}M"));
         command.stdin(Stdio::null()).stdout(File::create(&output)?).stderr(File::create(&log)?);
         let child = command.spawn().with_context(|| format!("{} does not start", viommu.display()))?;
-        let mut server =
-            Server { child, viommu: viommu.to_owned(), sockets: sockets.to_owned(), output, log };
+        let mut server = Server { child, sockets: sockets.to_owned(), output, log };
         let until = Instant::now() + LIMIT;
         while !server.output().lines().any(|line| line.starts_with("ready")) {
             if let Some(status) = server.child.try_wait()? {
@@ -85,24 +86,25 @@ impl Server {
     ///
     /// If the server does not give it.
     pub(crate) fn status(&self) -> anyhow::Result<Status> {
-        let text = self.run(&["status", "--json", "--mappings"])?;
-        Ok(Status::new(serde_json::from_str(&text).with_context(|| text.clone())?))
+        let answer = self.ask(&json!({ "get": "snapshot", "mappings": true }))?;
+        Ok(Status::new(answer["snapshot"].clone()))
     }
 
-    /// Runs another of viommu's commands on this server; what it has said.
+    /// Asks over the control socket; the answer.
     ///
     /// # Errors
     ///
-    /// If it fails.
-    pub(crate) fn run(&self, words: &[&str]) -> anyhow::Result<String> {
-        let mut command = Command::new(&self.viommu);
-        command.args(&words[..1]).arg("--socket-dir").arg(&self.sockets).args(&words[1..]);
-        let output = command.stdin(Stdio::null()).output()?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            return Err(self.failure(&format!("viommu {}: {}", words.join(" "), said.trim())));
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    /// If there is none, or it is an error.
+    pub(crate) fn ask(&self, request: &Value) -> anyhow::Result<Value> {
+        let mut stream = UnixStream::connect(self.sockets.join("control.sock"))
+            .map_err(|error| self.failure(&format!("its control socket: {error}")))?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        stream.write_all(format!("{request}\n").as_bytes())?;
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).with_context(|| request.to_string())?;
+        let answer: Value = serde_json::from_str(&line).with_context(|| line.clone())?;
+        ensure!(answer.get("error").is_none(), "{request}: {answer}");
+        Ok(answer)
     }
 
     /// Stops it with SIGTERM; it must end well.
@@ -154,11 +156,6 @@ impl Server {
         Ok(())
     }
 
-    /// Its sockets' folder.
-    pub(crate) fn sockets(&self) -> &Path {
-        &self.sockets
-    }
-
     fn output(&self) -> String {
         fs::read_to_string(&self.output).unwrap_or_default()
     }
@@ -198,21 +195,6 @@ fn command_line(text: &str) -> Option<Vec<String>> {
         }
     }
     shlex::split(&command)
-}
-
-/// Runs viommu without a server; what it has said on both outputs.
-///
-/// # Errors
-///
-/// If it does not start.
-pub(crate) fn refused(viommu: &Path, words: &[&str]) -> anyhow::Result<String> {
-    let output = Command::new(viommu).args(words).stdin(Stdio::null()).output()?;
-    ensure!(!output.status.success(), "viommu {}: taken, and expected to be refused", words.join(" "));
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    if said.contains("panicked") {
-        bail!("viommu {}: {said}", words.join(" "));
-    }
-    Ok(said)
 }
 
 #[cfg(test)]

@@ -27,7 +27,7 @@ pub(crate) const MEMORY: u32 = 256;
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// The slot of QEMU's own serial port for the trace, out of the way of what the cases add.
-const TRACE_SLOT: &str = "1e";
+const TRACE_SLOT: &str = "10";
 
 /// A machine that is yet to be started.
 #[derive(Clone, Debug)]

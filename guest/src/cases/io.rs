@@ -66,7 +66,8 @@ fn io(run: &Run<'_>, mode: &str, group: &str) -> anyhow::Result<String> {
     )?;
     let (maps, refused) = unbound.answers("MAP");
     expect("refused MAPs", refused, 0)?;
-    expect("MAPs", maps, replayed.maps)?;
+    // A map of several sizes of pages is a request for each.
+    ensure!(maps >= replayed.maps, "expected {} MAPs or more, seen {maps}", replayed.maps);
     server.stop()?;
     Ok(format!("{maps} maps, {pages} pages compared"))
 }

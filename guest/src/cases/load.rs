@@ -72,7 +72,7 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     let (mut writes, mut parts) = (0, 0);
     for line in vm.said_lines("LOAD") {
         let words: Vec<&str> = line.split_whitespace().collect();
-        writes += words.get(1).context("no number of writes")?.parse::<u64>()?;
+        writes += words.get(2).context("no number of writes")?.parse::<u64>()?;
         expect("requests that a disk refused", words.last().copied(), Some("0"))?;
     }
     for line in vm.said_lines("FLUSHED") {

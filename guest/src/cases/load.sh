@@ -14,10 +14,8 @@ say LOADING
 number=0
 workers=
 for at in $disks; do
-    # Each line that begins with @@FLUSHED gets the disk's number.
-    inside load /dev/$(disk_of $at) $((number * 100)) $threads $blocks $writes $seconds > /tmp/load$number &
+    inside load $number /dev/$(disk_of $at) $((number * 100)) $threads $blocks $writes $seconds &
     workers="$workers $!"
-    tail -f -n +1 /tmp/load$number | sed -u "s/^@@FLUSHED/& $number/" &
     number=$((number + 1))
 done
 for worker in $workers; do

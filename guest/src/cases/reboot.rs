@@ -13,8 +13,8 @@ use crate::{
 const BLK: &str = "00:02.0";
 
 /// QEMU's own disks, not behind the IOMMU, that hold what kexec starts.
-const KERNEL: &str = "00:1c.0";
-const INITRAMFS: &str = "00:1d.0";
+const KERNEL: &str = "00:11.0";
+const INITRAMFS: &str = "00:12.0";
 
 pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     let image = run.disk("disk.img", 16)?;

@@ -6,13 +6,13 @@ load virtio_iommu
 load virtio_blk
 until_true [ -n "$(disk_of $blk)" ] || fail "no disk at $blk"
 disk=/dev/$(disk_of $blk)
-inside load $disk 1 2 256 100 0 || fail "load"
+inside load disk $disk 1 2 256 100 0 || fail "load"
 sleep 0.2
 echo quiet > $TRACING/trace_marker
 say QUIET
 listen
 trace_out
-inside load $disk 5 4 256 0 30 > /dev/null &
+inside load disk $disk 5 4 256 0 30 > /dev/null &
 sleep 0.5
 say WRITING
 listen
