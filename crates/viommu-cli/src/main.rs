@@ -10,6 +10,7 @@ mod replay;
 mod report;
 #[cfg_attr(not(test), expect(dead_code, reason = "its parts; what runs them comes with the server"))]
 mod serve;
+mod status;
 
 use std::process::ExitCode;
 
@@ -22,6 +23,9 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Replay(args) => replay::run(&args),
         Command::Convert(args) => convert::run(&args).map(|()| Verdict::Agrees).map_err(Into::into),
+        Command::Status(args) => status::run(&args).map(|()| Verdict::Agrees),
+        Command::Plug(args) => status::plug(&args).map(|()| Verdict::Agrees),
+        Command::Unplug(args) => status::unplug(&args).map(|()| Verdict::Agrees),
     };
     match outcome {
         Ok(Verdict::Agrees) => ExitCode::SUCCESS,
