@@ -34,6 +34,17 @@
 )]
 
 mod function;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+#[cfg_attr(
+    not(test),
+    expect(
+        clippy::arithmetic_side_effects,
+        clippy::indexing_slicing,
+        reason = "what it plays with is its own; a panic is what it is for"
+    )
+)]
+pub mod fuzzing;
 mod log;
 pub mod memory;
 pub mod pci;

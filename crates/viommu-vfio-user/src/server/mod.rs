@@ -3,8 +3,8 @@
 mod interrupts;
 mod link;
 mod listener;
-mod message;
-mod session;
+pub(crate) mod message;
+pub(crate) mod session;
 mod version;
 
 use std::io;
@@ -221,7 +221,7 @@ impl<F: Function> Server<F> {
 }
 
 /// One message of a client, and the answer to it. Gives why the connection ends, if it does.
-fn exchange(
+pub(crate) fn exchange(
     function: &mut impl Function,
     session: &mut Session,
     link: &Link,
@@ -244,7 +244,7 @@ fn exchange(
 }
 
 /// After a client: nothing of it is left.
-fn clean(function: &mut impl Function, link: &Link) {
+pub(crate) fn clean(function: &mut impl Function, link: &Link) {
     link.disconnect();
     function.disconnected();
     function.interrupts().clear();
