@@ -267,6 +267,11 @@ impl Vm {
         self.text("console.txt")
     }
 
+    /// What QEMU itself has said.
+    pub(crate) fn log(&self) -> String {
+        self.text("qemu.log")
+    }
+
     /// What the guest has recorded.
     pub(crate) fn trace(&self) -> String {
         self.text("trace.txt")

@@ -127,6 +127,8 @@ impl Worker<'_> {
     }
 
     fn check(&self, number: u64, block: &mut Block, totals: &Totals) -> Result<(), String> {
+        // What a read leaves undone must not pass for what was there before.
+        block.0.fill(0xff);
         if let Err(error) = self.file.read_exact_at(&mut block.0, self.place(number)) {
             return self.refused(&error, totals);
         }
@@ -138,10 +140,13 @@ impl Worker<'_> {
                 found == Some(last) || found.is_some_and(|write| write > last && self.torn.contains(&write));
             // A disk that was written to in an earlier run has that run's writes.
             if !right && last != 0 {
-                return Err(format!(
+                let what = format!(
                     "{} thread {} block {number} sector {index}: expected write {last}, found {found:?}",
                     self.name, self.thread
-                ));
+                );
+                // At once: other threads may never end.
+                println!("@@FAIL {what}");
+                return Err(what);
             }
         }
         Ok(())

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, thread, time::Duration};
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use serde_json::json;
 use viommu_guest_inside::pattern::Pattern;
 
@@ -16,6 +16,9 @@ use crate::{
 const BLK: &str = "00:02.0";
 const THREADS: u64 = 4;
 const BLOCKS: u64 = 256;
+
+/// What QEMU 11.1 says when it is hit by that.
+const ASSERTION: &str = "Assertion `*errp == NULL' failed";
 
 pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     let image = run.disk("disk.img", 16)?;
@@ -32,9 +35,16 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     server.kill()?;
     // Lines that were on their way come from writes that had been answered before.
     thread::sleep(Duration::from_millis(500));
-    ensure!(vm.is_running()?, "expected that QEMU lives on, seen that it has ended");
-    let state = vm.qmp()?.run("query-status", json!({}))?;
-    let state = state["status"].as_str().unwrap_or("nothing").to_owned();
+    // QEMU's own reader of messages may fall over an assertion when a socket ends while it waits for an answer; that
+    // is the one end that the guest's machine may come to.
+    let state = if vm.is_running()? {
+        let state = vm.qmp()?.run("query-status", json!({}))?;
+        state["status"].as_str().unwrap_or("nothing").to_owned()
+    } else if vm.log().contains(ASSERTION) {
+        "ended by an assertion of its own".to_owned()
+    } else {
+        return Err(vm.failure("expected that QEMU lives on, seen that it has ended"));
+    };
 
     let mut flushed = HashMap::new();
     for line in vm.said_lines("FLUSHED") {
@@ -47,8 +57,10 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     for (thread, flushed) in flushed {
         disk::check(&image, Part { thread, pattern: Pattern::new(thread, BLOCKS), flushed })?;
     }
-    vm.qmp()?.run("quit", json!({})).context("after the server was killed")?;
-    vm.wait_end()?;
+    if vm.is_running()? {
+        vm.qmp()?.run("quit", json!({})).context("after the server was killed")?;
+        vm.wait_end()?;
+    }
 
     let server = run.serve(&blk(BLK, &image), "second")?;
     let mut vm = run.start_with(&server, config(40), "second")?;

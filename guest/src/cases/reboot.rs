@@ -1,6 +1,8 @@
 //! The guest starts anew amid writes: by a reset, and by kexec without one. No old mapping is of use to the new kernel's
 //! devices.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, ensure};
 
 use super::blk;
@@ -22,6 +24,8 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     let mut config = Config::new("reboot")
         .append(&format!("iommu.strict=1 blk={BLK} kernel={KERNEL} initramfs={INITRAMFS}"));
     config.reboots = true;
+    // Three boots, of which one unpacks a kernel under emulation.
+    config.limit = Duration::from_secs(120);
     for (name, path, address) in
         [("kernel", run.kernel.image.as_path(), KERNEL), ("initramfs", run.initramfs(), INITRAMFS)]
     {

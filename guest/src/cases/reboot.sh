@@ -12,17 +12,14 @@ echo quiet > $TRACING/trace_marker
 say QUIET
 listen
 trace_out
+cat /dev/$(disk_of $kernel) > /tmp/kernel
+cat /dev/$(disk_of $initramfs) > /tmp/initramfs
 inside load disk $disk 5 4 256 0 30 > /dev/null &
 sleep 0.5
 say WRITING
 listen
 case $heard in
 reboot) reboot -f ;;
-kexec)
-    # Read in blocks: their sizes are not a multiple of a sector's.
-    cat /dev/$(disk_of $kernel) > /tmp/kernel
-    cat /dev/$(disk_of $initramfs) > /tmp/initramfs
-    inside kexec /tmp/kernel /tmp/initramfs "$(cat /proc/cmdline)" || fail "kexec"
-    ;;
+kexec) inside kexec /tmp/kernel /tmp/initramfs "$(cat /proc/cmdline)" || fail "kexec" ;;
 *) kill %1 ;;
 esac
