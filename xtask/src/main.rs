@@ -5,6 +5,7 @@ mod bench;
 mod context;
 mod deny;
 mod fuzz;
+mod guest;
 mod house;
 mod run;
 mod stage;
@@ -43,6 +44,8 @@ enum Chore {
     },
     /// Measures the goals for speed and size beside other structures.
     Bench(bench::Options),
+    /// Runs real guests behind viommu: the live tests.
+    Guest(guest::Options),
     /// Fuzzes one target with libFuzzer, or lists the targets.
     Fuzz(fuzz::Options),
 }
@@ -67,6 +70,7 @@ fn chore(options: &Options) -> anyhow::Result<bool> {
         Chore::Loom { filter } => test::loom(&context, filter.as_deref()).map(|_| true),
         Chore::Shuttle { filter } => test::shuttle(&context, filter.as_deref()).map(|_| true),
         Chore::Bench(options) => bench::run(options, &context).map(|()| true),
+        Chore::Guest(options) => guest::run(options, &context).map(|()| true),
         Chore::Fuzz(options) => fuzz::run(options, &context).map(|()| true),
     }
 }

@@ -11,13 +11,13 @@ use cargo_metadata::{DependencyKind, Package, PackageId, TargetKind};
 
 use crate::{
     context::{self, Context},
-    deny, fuzz, house,
+    deny, fuzz, guest, house,
     run::{Said, run},
     stage::{Outcome, Stage},
 };
 
 /// All stages: what fails fast and often comes first.
-pub(crate) const STAGES: [Stage; 15] = [
+pub(crate) const STAGES: [Stage; 16] = [
     Stage { name: "fmt", about: "formatting", run: fmt },
     Stage {
         name: "house",
@@ -48,6 +48,11 @@ pub(crate) const STAGES: [Stage; 15] = [
         run: |context| counted(shuttle(context, None)),
     },
     Stage { name: "fuzz-smoke", about: "a short run of each fuzz target", run: fuzz::smoke },
+    Stage {
+        name: "guest",
+        about: "unmodified Linux guests in QEMU, their devices behind viommu",
+        run: guest::stage,
+    },
     Stage { name: "publish", about: "the crates can be packaged, and built from the packages", run: publish },
 ];
 

@@ -28,6 +28,8 @@ pub(crate) enum Command {
     Replay(Replay),
     /// Writes a history in viommu's own format
     Convert(Convert),
+    /// Serves a virtio-iommu and devices behind it to a virtual machine monitor that speaks vfio-user
+    Serve(crate::serve::args::Serve),
     /// Shows the live state of what `viommu serve` serves
     ///
     /// Exit status: 0 shown, 2 nobody serves there.

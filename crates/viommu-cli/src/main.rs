@@ -8,7 +8,6 @@ mod judge;
 mod progress;
 mod replay;
 mod report;
-#[cfg_attr(not(test), expect(dead_code, reason = "its parts; what runs them comes with the server"))]
 mod serve;
 mod status;
 
@@ -22,6 +21,10 @@ use replay::Verdict;
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Replay(args) => replay::run(&args),
+        Command::Serve(args) => {
+            tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).init();
+            serve::run(&args).map(|()| Verdict::Agrees).map_err(Into::into)
+        }
         Command::Convert(args) => convert::run(&args).map(|()| Verdict::Agrees).map_err(Into::into),
         Command::Status(args) => status::run(&args).map(|()| Verdict::Agrees),
         Command::Plug(args) => status::plug(&args).map(|()| Verdict::Agrees),

@@ -3,7 +3,7 @@
 //! Addresses are texts in hexadecimal, since JSON's readers lose bits of large numbers. Ranges are inclusive at both
 //! ends. Times are nanoseconds; what has a time of its own is dated since the server's start.
 
-mod gather;
+pub(crate) mod gather;
 mod histogram;
 
 use core::fmt;

@@ -1,0 +1,353 @@
+//! What is served: the IOMMU, the devices behind it, and a thread with a socket for each.
+
+mod endpoint;
+mod iommu;
+mod unit;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use viommu::{Endpoint, EndpointConfig, Iommu};
+use viommu_vfio_user::virtio::{DriverState, status};
+use viommu_vfio_user::{
+    Device as VirtioDevice, Link, Server, Stopper, VirtioFunction, WindowLimits, Windows,
+};
+use viommu_virtio::viot::Bdf;
+use viommu_virtio::{Config, EndpointPlan, VirtioIommu};
+
+use self::endpoint::{EndpointDevice, Engine};
+use self::iommu::IommuDevice;
+use self::unit::Unit;
+use super::control::Live;
+use super::control::protocol::Plugged;
+use super::device::Kind;
+use super::options::{Device, IommuPlan, ServePlan};
+use super::record::Recording;
+use super::snapshot::{self, Hex, Snapshot};
+use super::times::Times;
+use super::{qemu, snapshot::gather::nanos};
+
+/// Something that keeps a machine from being served.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MachineError {
+    /// A device cannot be made.
+    #[error("{address}={device}: {why}")]
+    Device { address: Bdf, device: String, why: String },
+    /// The IOMMU cannot be made so.
+    #[error("the IOMMU: {0}")]
+    Iommu(#[from] viommu_virtio::ConfigError),
+    /// Without an IOMMU.
+    #[error("the record: {0}")]
+    Record(#[from] viommu::BuildError),
+    /// A socket.
+    #[error(transparent)]
+    Bind(#[from] viommu_vfio_user::BindError),
+    /// The history cannot be begun.
+    #[error("--record {path}: {source}", path = path.display())]
+    History { path: PathBuf, source: io::Error },
+    /// A thread or a descriptor.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+/// A function that is served.
+struct Served {
+    address: Bdf,
+    socket: PathBuf,
+    stopper: Stopper,
+    link: Link,
+    driver: DriverState,
+    windows: Windows,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.stopper.stop();
+        if let Some(thread) = self.thread.take() {
+            // It has said itself what was wrong.
+            let _panicked = thread.join();
+        }
+    }
+}
+
+/// A device behind the IOMMU.
+struct Member {
+    device: Device,
+    engine: Arc<Engine>,
+    times: Arc<Times>,
+    served: Served,
+}
+
+/// The machine. Dropping it stops all that is served.
+pub(crate) struct Machine {
+    plan: ServePlan,
+    unit: Unit,
+    device: Option<VirtioIommu>,
+    members: Mutex<BTreeMap<Bdf, Member>>,
+    iommu: Mutex<Option<Served>>,
+    recording: Option<Arc<Recording<File>>>,
+    started: Instant,
+}
+
+impl Machine {
+    /// Makes the IOMMU and the devices, and serves them: their sockets are there when this returns.
+    ///
+    /// # Errors
+    /// See [`MachineError`]. Nothing is served then.
+    pub(crate) fn start(plan: ServePlan) -> Result<Self, MachineError> {
+        let (unit, device) = match &plan.iommu {
+            Some(iommu) => {
+                let device = virtio_iommu(iommu)?;
+                (Unit::new(device.iommu().clone()), Some(device))
+            }
+            None => (Unit::new(Iommu::builder().bypass(true).build()?), None),
+        };
+        let recording = match (&plan.record, &device) {
+            (Some(path), Some(device)) => {
+                let failed = |source| MachineError::History { path: path.clone(), source };
+                let recording = Recording::create(path).map_err(failed)?;
+                // The device is new: nobody else has taken its journal.
+                device.journal(recording.clone());
+                Some(recording)
+            }
+            _ => None,
+        };
+        let (members, iommu, started) = (Mutex::default(), Mutex::default(), Instant::now());
+        let machine = Self { plan, unit, device, members, iommu, recording, started };
+        for device in machine.plan.devices.clone() {
+            machine.add(device)?;
+        }
+        if let (Some(device), Some(plan)) = (&machine.device, &machine.plan.iommu) {
+            let windows = Windows::new(machine.limits());
+            let unit = machine.unit.clone();
+            let function = IommuDevice::new(device.clone(), plan.address, unit, windows.clone())?;
+            let socket = machine.plan.iommu_socket();
+            let served = serve(function, windows, socket, machine.limits(), plan.address)?;
+            *machine.iommu() = Some(served);
+        }
+        Ok(machine)
+    }
+
+    fn limits(&self) -> WindowLimits {
+        WindowLimits { allow_unsealed: self.plan.allow_unsealed_memory, ..WindowLimits::default() }
+    }
+
+    /// What was asked for.
+    pub(crate) fn plan(&self) -> &ServePlan {
+        &self.plan
+    }
+
+    fn iommu(&self) -> MutexGuard<'_, Option<Served>> {
+        self.iommu.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn members(&self) -> MutexGuard<'_, BTreeMap<Bdf, Member>> {
+        // A device is put in or taken out as a whole.
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a device. Its socket is there when this returns.
+    fn add(&self, device: Device) -> Result<(), MachineError> {
+        let address = device.address;
+        let refused = |why: String| MachineError::Device { address, device: device.kind.to_string(), why };
+        let engine = Arc::new(Engine::new(&device.kind, address).map_err(refused)?);
+        let endpoint = self.add_endpoint(address).map_err(refused)?;
+        let times = Arc::new(Times::default());
+        let served = self.serve_device(address, &engine, &times, &endpoint);
+        let served = served.inspect_err(|_| self.remove_endpoint(address))?;
+        self.members().insert(address, Member { device, engine, times, served });
+        Ok(())
+    }
+
+    fn serve_device(
+        &self,
+        address: Bdf,
+        engine: &Arc<Engine>,
+        times: &Arc<Times>,
+        endpoint: &Endpoint,
+    ) -> Result<Served, MachineError> {
+        let windows = Windows::new(self.limits());
+        let behind = self.device.is_some();
+        let unit = self.unit.clone();
+        let device = EndpointDevice::new(address, engine.clone(), times, endpoint, unit, &windows, behind)?;
+        serve(device, windows, self.plan.socket(address), self.limits(), address)
+    }
+
+    fn add_endpoint(&self, address: Bdf) -> Result<Endpoint, String> {
+        let id = u32::from(u16::from(address));
+        match (&self.device, &self.plan.iommu) {
+            (Some(device), Some(iommu)) => {
+                let plan = EndpointPlan::default();
+                let plan =
+                    iommu.regions.iter().fold(plan, |plan, region| plan.region(region.range, region.kind));
+                let added = device.add_endpoint(id, plan).map_err(|why| why.to_string())?;
+                Ok(added.endpoint)
+            }
+            _ => self.unit.iommu().add_endpoint(id, EndpointConfig::default()).map_err(|why| why.to_string()),
+        }
+    }
+
+    fn remove_endpoint(&self, address: Bdf) {
+        let id = u32::from(u16::from(address));
+        let removed = match &self.device {
+            Some(device) => device.remove_endpoint(id).map_err(|why| why.to_string()),
+            None => match self.unit.iommu().endpoint(id) {
+                Some(endpoint) => endpoint.remove().map_err(|why| why.to_string()),
+                None => return,
+            },
+        };
+        match removed {
+            Ok(done) => unit::wait(done, "an endpoint that goes"),
+            Err(why) => tracing::error!("{address} stays known to the IOMMU: {why}"),
+        }
+    }
+
+    /// Stops all that is served and makes safe what was written.
+    ///
+    /// # Errors
+    /// The disks whose data may be lost, and why.
+    pub(crate) fn stop(&self) -> Result<(), Vec<String>> {
+        let members = core::mem::take(&mut *self.members());
+        // All are told before one is waited for.
+        members.values().for_each(|member| member.served.stopper.stop());
+        drop(self.iommu().take());
+        let mut lost = Vec::new();
+        for (address, Member { device, engine, served, .. }) in members {
+            drop(served);
+            if let Err(error) = engine.flush() {
+                lost.push(format!("{address}={}: what was written may be lost: {error}", device.kind));
+            }
+        }
+        if let Some(recording) = &self.recording {
+            // It has said itself what is wrong with it.
+            let _file = recording.finish();
+        }
+        if lost.is_empty() { Ok(()) } else { Err(lost) }
+    }
+}
+
+fn virtio_iommu(plan: &IommuPlan) -> Result<VirtioIommu, MachineError> {
+    let mut builder = Iommu::builder();
+    if let Some(mappings) = plan.max_mappings {
+        builder = builder.mappings(mappings);
+    }
+    if let Some(domains) = plan.max_domains {
+        builder = builder.domains(domains);
+    }
+    let config = Config {
+        page_size_mask: plan.page_size_mask,
+        input_range: plan.input_range,
+        probe_size: plan.probe_size(),
+        bypass: plan.bypass,
+        ..Config::default()
+    };
+    Ok(VirtioIommu::new(builder, config)?)
+}
+
+/// Serves a function on a thread of its own.
+fn serve(
+    device: impl VirtioDevice + 'static,
+    windows: Windows,
+    socket: PathBuf,
+    limits: WindowLimits,
+    address: Bdf,
+) -> Result<Served, MachineError> {
+    let function = VirtioFunction::new(device, windows.clone());
+    let driver = function.driver_state();
+    let mut server = Server::bind(&socket, function, limits)?;
+    let (stopper, link) = (server.stopper(), server.link());
+    let run = move || {
+        if let Err(error) = server.run() {
+            tracing::error!("{address}: its socket is not served any more: {error}");
+        }
+    };
+    let thread = thread::Builder::new().name(format!("{address} server")).spawn(run)?;
+    Ok(Served { address, socket, stopper, link, driver, windows, thread: Some(thread) })
+}
+
+impl Served {
+    fn state(&self, device: String) -> snapshot::Function {
+        let windows = self.windows.list();
+        let (memory, refused): (Vec<_>, Vec<_>) = windows.into_iter().partition(|window| window.memory);
+        let count = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
+        snapshot::Function {
+            address: self.address.to_string(),
+            device,
+            socket: self.socket.display().to_string(),
+            connected: self.link.is_connected(),
+            connections: self.link.clients(),
+            driver_ready: self.driver.status() & status::DRIVER_OK != 0,
+            features: Hex(self.driver.features()),
+            memory: snapshot::Windows {
+                windows: count(memory.len()),
+                bytes: memory.iter().map(|window| window.size).sum(),
+                refused: count(refused.len()),
+            },
+            request_times: None,
+            counters: BTreeMap::new(),
+        }
+    }
+}
+
+impl Live for Machine {
+    fn snapshot(&self, mappings: bool) -> Snapshot {
+        let function = self.iommu().as_ref().map(|served| served.state("virtio-iommu".into()));
+        let iommu = self.device.as_ref().zip(function);
+        let iommu =
+            iommu.map(|(device, function)| snapshot::Iommu::of(device, function, self.started, mappings));
+        let members = self.members();
+        let endpoints = members.iter().map(|(address, member)| {
+            let function = snapshot::Function {
+                request_times: Some(member.times.histogram()),
+                counters: member.engine.counters(),
+                ..member.served.state(member.device.kind.to_string())
+            };
+            snapshot::Endpoint::of(self.device.as_ref(), u32::from(u16::from(*address)), function)
+        });
+        Snapshot {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            uptime_ns: nanos(self.started.elapsed()),
+            iommu,
+            endpoints: endpoints.collect(),
+        }
+    }
+
+    fn plug(&self, address: Bdf, device: Kind) -> Result<Plugged, String> {
+        if !self.plan.takes_hotplug(address) {
+            return Err(format!("{address} is in no --endpoint FIRST-LAST=hotplug of the server"));
+        }
+        if self.members().contains_key(&address) {
+            return Err(format!("there is a device at {address} already"));
+        }
+        self.add(Device { address, kind: device }).map_err(|why| why.to_string())?;
+        Ok(self.plugged(address, qemu::device_add(&self.plan, address)))
+    }
+
+    fn unplug(&self, address: Bdf) -> Result<Plugged, String> {
+        if !self.plan.takes_hotplug(address) {
+            return Err(format!("nothing was plugged in at {address}"));
+        }
+        let member = self.members().remove(&address);
+        let Member { engine, served, .. } =
+            member.ok_or_else(|| format!("there is no device at {address}"))?;
+        drop(served);
+        let flushed = engine.flush();
+        self.remove_endpoint(address);
+        flushed.map_err(|why| format!("the device is gone, but what was written may be lost: {why}"))?;
+        Ok(self.plugged(address, qemu::device_del(address)))
+    }
+}
+
+impl Machine {
+    fn plugged(&self, address: Bdf, qmp: String) -> Plugged {
+        let socket = self.plan.socket(address).display().to_string();
+        Plugged { address: address.to_string(), socket, qmp }
+    }
+}

@@ -1,0 +1,47 @@
+//! A vfio-user server: PCI functions of this process in somebody else's virtual machine.
+//!
+//! A virtual machine monitor that speaks [vfio-user] (QEMU since 10.1) takes a PCI function from a socket. This crate is
+//! the other end of that socket: it serves any [`Function`], and has one, [`VirtioFunction`], that puts a virtio
+//! [`Device`] behind the modern virtio-pci transport. An IOMMU model is served that way, and so are the devices behind
+//! it: the monitor stays as it is, and the guest uses its stock drivers.
+//!
+//! - [`Server`] has the socket, its one client, and the protocol.
+//! - [`Windows`] is the guest memory that the client gives: descriptors, mapped here, for as long as the client says.
+//! - [`PrivateListener`] is such a socket, for others too.
+//! - [`Interrupts`] are raised on eventfds of the client's, [`Link::dma_write`] reaches its memory and its MSI doorbell.
+//! - [`pci`] has configuration space, [`spec`] what lies on the socket.
+//!
+//! # Who may do what
+//! A client is not trusted: what it sends is checked, and what is wrong costs its own connection. It is asked for memory
+//! that cannot shrink (sealed, as QEMU's `memory-backend-memfd` is): other memory would let it kill this process.
+//! Descriptors for interrupts must be eventfds.
+//!
+//! # Threads
+//! [`Server::run`] serves on the thread it is called on; the crate starts none.
+//!
+//! # Why not the `vfio_user` crate
+//! Its server has no DMA_WRITE (which is how a function without MSI-X sends an MSI), no GET_REGION_IO_FDS, and cannot
+//! refuse a second client or be stopped. Its client is what this crate's tests use as a peer.
+//!
+//! Not done: MSI (only MSI-X and the pin), migration, access to memory without a descriptor by messages.
+//!
+//! [vfio-user]: https://www.qemu.org/docs/master/interop/vfio-user.html
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+#![cfg_attr(
+    not(test),
+    warn(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)
+)]
+
+mod function;
+mod log;
+pub mod memory;
+pub mod pci;
+mod server;
+pub mod spec;
+pub mod virtio;
+
+pub use function::{Doorbell, Function, Region};
+pub use memory::{WindowLimits, Windows};
+pub use server::{BindError, Interrupts, Link, PrivateListener, Server, Stopper};
+pub use virtio::{Device, VirtioFunction};

@@ -1,0 +1,200 @@
+//! Runs the cases on the kernels, two machines at a time, and says how each ended.
+
+use std::{
+    collections::VecDeque,
+    fs::{self, File},
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    thread,
+    time::Instant,
+};
+
+use anyhow::{Context as _, bail, ensure};
+use rustix::fs::FlockOperation;
+
+use crate::{
+    Options, cases, initramfs,
+    server::Server,
+    setup::{self, Kernel, Parts},
+    vm::{self, Config, Hardware, Vm},
+};
+
+/// Machines that run at a time: one a processor of a small machine.
+const AT_A_TIME: usize = 2;
+
+/// What all cases have in common.
+pub(crate) struct Lab {
+    pub(crate) parts: Parts,
+    pub(crate) viommu: PathBuf,
+    /// Longer runs under load.
+    pub(crate) full: bool,
+    folder: PathBuf,
+    /// Of each kernel, in their order.
+    initramfs: Vec<PathBuf>,
+}
+
+/// One case on one kernel.
+pub(crate) struct Run<'a> {
+    pub(crate) lab: &'a Lab,
+    pub(crate) kernel: &'a Kernel,
+    initramfs: &'a Path,
+    /// Where its files go.
+    pub(crate) folder: PathBuf,
+    /// Where its server's sockets are: their paths are short by law, and the folder's may not be.
+    sockets: tempfile::TempDir,
+}
+
+impl Run<'_> {
+    /// Starts a machine; its files' names begin with `name`.
+    ///
+    /// # Errors
+    ///
+    /// If QEMU cannot be started.
+    pub(crate) fn start(&self, config: &Config, name: &str) -> anyhow::Result<Vm> {
+        let hardware =
+            Hardware { qemu: &self.lab.parts.qemu, kernel: self.kernel, initramfs: self.initramfs };
+        Vm::start(hardware, config, &self.folder, name)
+    }
+
+    /// The first file system of its machines.
+    pub(crate) fn initramfs(&self) -> &Path {
+        self.initramfs
+    }
+
+    /// Starts a server; its files' names begin with `name`. One that is started again has the same sockets.
+    ///
+    /// # Errors
+    ///
+    /// If it ends instead of being ready.
+    pub(crate) fn serve(&self, options: &[String], name: &str) -> anyhow::Result<Server> {
+        let sockets = self.sockets.path().join("s");
+        Server::start(&self.lab.viommu, &sockets, options, vm::MEMORY, &self.folder, name)
+    }
+
+    /// Starts a machine whose devices are a server's.
+    ///
+    /// # Errors
+    ///
+    /// If QEMU cannot be started.
+    pub(crate) fn start_with(&self, server: &Server, config: Config, name: &str) -> anyhow::Result<Vm> {
+        self.start(&config.arguments(server.arguments()?), name)
+    }
+
+    /// A new file of zeroes for a disk.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be made.
+    pub(crate) fn disk(&self, name: &str, mebibytes: u64) -> anyhow::Result<PathBuf> {
+        let path = self.folder.join(name);
+        let file = File::create(&path).with_context(|| path.display().to_string())?;
+        file.set_len(mebibytes << 20)?;
+        Ok(path)
+    }
+}
+
+/// Runs what the options choose; whether all passed.
+///
+/// # Errors
+///
+/// If nothing can be run.
+pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
+    let begun = Instant::now();
+    fs::create_dir_all(&options.folder).with_context(|| options.folder.display().to_string())?;
+    let folder = options.folder.canonicalize()?;
+    let _alone = alone(&folder)?;
+    let parts = setup::parts(&folder)?;
+    println!("{}", parts.qemu.version()?);
+
+    for name in &options.case {
+        ensure!(cases::CASES.iter().any(|case| case.name == name), "there is no case {name}: see --list");
+    }
+    let chosen = |kernel: &&Kernel| {
+        options.kernel.is_empty()
+            || options.kernel.iter().any(|name| kernel.release.starts_with(name.as_str()))
+    };
+    if !parts.kernels.iter().any(|kernel| chosen(&kernel)) {
+        let names: Vec<&str> = parts.kernels.iter().map(|kernel| kernel.release.as_str()).collect();
+        bail!("no such kernel; there are {}", names.join(" and "));
+    }
+    let initramfs = parts
+        .kernels
+        .iter()
+        .map(|kernel| initramfs::make(kernel, &parts.busybox, &options.inside, &cases::SCRIPTS, &folder))
+        .collect::<anyhow::Result<_>>()?;
+    let lab = Lab { parts, viommu: options.viommu.clone(), full: options.full, folder, initramfs };
+
+    let runs: VecDeque<(&cases::Case, usize)> = cases::CASES
+        .iter()
+        .filter(|case| options.case.is_empty() || options.case.iter().any(|name| name == case.name))
+        .flat_map(|case| (0..lab.parts.kernels.len()).map(move |kernel| (case, kernel)))
+        .filter(|(_, kernel)| chosen(&&lab.parts.kernels[*kernel]))
+        .collect();
+    let count = runs.len();
+    let runs = Mutex::new(runs);
+    let failed = Mutex::new(0);
+    thread::scope(|scope| {
+        for _ in 0..AT_A_TIME.min(count) {
+            scope.spawn(|| {
+                while let Some((case, kernel)) = locked(&runs).pop_front() {
+                    if !one(&lab, case, kernel, options.keep) {
+                        *locked(&failed) += 1;
+                    }
+                }
+            });
+        }
+    });
+    let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+    println!("{} of {count} passed in {:.0} s", count - failed, begun.elapsed().as_secs_f64());
+    Ok(failed == 0)
+}
+
+/// Runs one case and prints how it went; whether it passed.
+fn one(lab: &Lab, case: &cases::Case, index: usize, keep: bool) -> bool {
+    let begun = Instant::now();
+    let kernel_name = &lab.parts.kernels[index].name;
+    let name = format!("{}-{kernel_name}", case.name);
+    let folder = lab.folder.join("runs").join(&name);
+    let result = emptied(&folder).and_then(|()| {
+        let sockets = tempfile::Builder::new().prefix("viommu-guest-").tempdir()?;
+        let kernel = &lab.parts.kernels[index];
+        let run = Run { lab, kernel, initramfs: &lab.initramfs[index], folder: folder.clone(), sockets };
+        (case.run)(&run)
+    });
+    let time = begun.elapsed().as_secs_f64();
+    match result {
+        Ok(note) => {
+            println!("{:<12}{kernel_name:<6}{time:5.1} s  passed  {note}", case.name);
+            if !keep {
+                let _ = fs::remove_dir_all(&folder);
+            }
+            true
+        }
+        Err(error) => {
+            println!("{:<12}{kernel_name:<6}{time:5.1} s  FAILED  {error:#}", case.name);
+            println!("    its files: {}", folder.display());
+            false
+        }
+    }
+}
+
+/// Holds the folder until it is dropped, so that two runs do not mix their files.
+fn alone(folder: &Path) -> anyhow::Result<File> {
+    let lock = File::create(folder.join("lock"))?;
+    if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        println!("waiting for another run to end");
+        rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
+    }
+    Ok(lock)
+}
+
+fn emptied(folder: &Path) -> anyhow::Result<()> {
+    if folder.exists() {
+        fs::remove_dir_all(folder)?;
+    }
+    fs::create_dir_all(folder).with_context(|| folder.display().to_string())
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

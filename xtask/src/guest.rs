@@ -1,0 +1,85 @@
+//! `cargo xtask guest`: live tests with real guests, in the package `guest`.
+
+use std::{env, path::PathBuf};
+
+use anyhow::{Context as _, bail};
+
+use crate::{context::Context, run::run_quietly, stage::Outcome};
+
+/// Where guests and host agree, and the only place that the packages are for.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// The variable that leaves the live tests out of `cargo xtask test`.
+const SKIP: &str = "VIOMMU_SKIP_GUEST";
+
+/// Options of `cargo xtask guest`.
+#[derive(clap::Args, Debug, Default)]
+pub(crate) struct Options {
+    /// Only this kernel, by the first numbers of its release; may be given several times.
+    #[arg(long, value_name = "RELEASE")]
+    kernel: Vec<String>,
+    /// Only this case; may be given several times.
+    #[arg(long, value_name = "NAME")]
+    case: Vec<String>,
+    /// List the cases and run none.
+    #[arg(long)]
+    list: bool,
+    /// Longer runs under load.
+    #[arg(long)]
+    full: bool,
+    /// Keep the files of cases that pass.
+    #[arg(long)]
+    keep: bool,
+}
+
+/// Builds what is tested, what tests it and what runs in the guests, and runs the cases.
+///
+/// # Errors
+///
+/// If something does not build, cannot be had, or a case fails.
+pub(crate) fn run(options: &Options, context: &Context) -> anyhow::Result<()> {
+    let folder = context.target("guest");
+    let viommu = built(context, "viommu-cli", "viommu")?;
+    let program = built(context, "viommu-guest", "viommu-guest")?;
+
+    let mut inside = context.cargo(&["build", "--release", "-p", "viommu-guest-inside", "--target", TARGET]);
+    inside.arg("--target-dir").arg(folder.join("inside"));
+    inside.env("RUSTFLAGS", "-C target-feature=+crt-static");
+    run_quietly(context, inside)?;
+
+    let mut command = context.command(&program.display().to_string());
+    command.arg("--folder").arg(&folder).arg("--viommu").arg(viommu);
+    command.arg("--inside").arg(folder.join("inside").join(TARGET).join("release/viommu-guest-inside"));
+    for (option, values) in [("--kernel", &options.kernel), ("--case", &options.case)] {
+        values.iter().for_each(|value| {
+            command.args([option, value]);
+        });
+    }
+    for (option, on) in [("--list", options.list), ("--full", options.full), ("--keep", options.keep)] {
+        command.args([option].iter().filter(|_| on));
+    }
+    let status = command.status().context("the live tests do not start")?;
+    if !status.success() {
+        bail!("the live tests: {status}");
+    }
+    Ok(())
+}
+
+/// The stage of `cargo xtask test`.
+///
+/// # Errors
+///
+/// As [`run`].
+pub(crate) fn stage(context: &Context) -> anyhow::Result<Outcome> {
+    if env::var_os(SKIP).is_some_and(|value| value == "1") {
+        return Ok(Outcome::Skipped(format!("{SKIP}=1: NO GUEST HAS RUN")));
+    }
+    run(&Options::default(), context)?;
+    Ok(Outcome::passed())
+}
+
+/// Builds a program of the workspace, assertions on; where it is.
+fn built(context: &Context, package: &str, program: &str) -> anyhow::Result<PathBuf> {
+    run_quietly(context, context.cargo(&["build", "-p", package, "--bin", program]))?;
+    Ok(context.target("debug").join(program))
+}
