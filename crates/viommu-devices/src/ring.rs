@@ -7,6 +7,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
 /// Requests of one batch.
 pub(crate) const BATCH: usize = 64;
+/// Descriptors of a batch, of chains that are none too: with them, it has been filled.
+pub(crate) const DESCRIPTORS: usize = 4096;
 
 /// What one call of a device's `process` did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

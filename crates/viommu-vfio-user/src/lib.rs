@@ -7,6 +7,7 @@
 //!
 //! - [`Server`] has the socket, its one client, and the protocol.
 //! - [`Windows`] is the guest memory that the client gives: descriptors, mapped here, for as long as the client says.
+//! - [`PrivateListener`] is such a socket, for others too.
 //! - [`Interrupts`] are raised on eventfds of the client's, [`Link::dma_write`] reaches its memory and its MSI doorbell.
 //! - [`pci`] has configuration space, [`spec`] what lies on the socket.
 //!
@@ -53,5 +54,5 @@ pub mod virtio;
 
 pub use function::{Doorbell, Function, Region};
 pub use memory::{WindowLimits, Windows};
-pub use server::{BindError, Interrupts, Link, Server, Stopper};
+pub use server::{BindError, Interrupts, Link, PrivateListener, Server, Stopper};
 pub use virtio::{Device, VirtioFunction};

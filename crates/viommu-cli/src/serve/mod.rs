@@ -7,8 +7,8 @@ mod hush;
 mod machine;
 pub(crate) mod options;
 pub(crate) mod qemu;
+pub(crate) mod record;
 pub(crate) mod snapshot;
-pub(crate) mod socket;
 mod times;
 pub(crate) mod viot;
 
@@ -36,8 +36,7 @@ pub(crate) fn run(args: &Serve) -> Result<(), String> {
     let machine = Arc::new(Machine::start(plan).map_err(|why| why.to_string())?);
     let plan = machine.plan();
     viot::write(plan).map_err(|why| format!("{}: {why}", plan.viot_file().display()))?;
-    let control = Control::start(&path, machine.clone());
-    let control = control.map_err(|why| format!("{}: {why}", path.display()))?;
+    let control = Control::start(&path, machine.clone()).map_err(|why| why.to_string())?;
     tell(plan).map_err(|why| format!("standard output: {why}"))?;
     let _signal = signals.forever().next();
     control.stop();

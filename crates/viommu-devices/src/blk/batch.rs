@@ -18,8 +18,6 @@ use crate::ring::{self, Processed, QueueError, Verdict};
 
 /// Data of a batch, and of one piece of a larger request: with it, a batch has been filled.
 const BATCH_BYTES: usize = 1 << 20;
-/// Descriptors of a batch: with them, a batch has been filled.
-const BATCH_PLACES: usize = 4096;
 
 /// What is to be done for a request. Offsets and lengths are in bytes, and lie on the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -140,7 +138,6 @@ impl Batch {
         chain: DescriptorChain<&M>,
         longest: usize,
     ) -> Verdict {
-        let (places, used) = (self.places.len(), self.used);
         let head = chain.head_index();
         let layout = self.places.take(chain, longest).filter(|layout| layout.writable_bytes > 0);
         let job = match layout {
@@ -157,12 +154,11 @@ impl Batch {
         };
         let slow = job.task.is_slow();
         if slow && !self.jobs.is_empty() {
-            self.places.truncate(places);
-            self.used = used;
+            // What was read of it goes with the batch.
             return Verdict::PutBack;
         }
         self.jobs.push(job);
-        if slow || self.used >= BATCH_BYTES || self.places.len() >= BATCH_PLACES {
+        if slow || self.used >= BATCH_BYTES || self.places.looked_at() >= ring::DESCRIPTORS {
             Verdict::Last
         } else {
             Verdict::Taken
@@ -287,7 +283,7 @@ impl Batch {
 
     /// Copies what the driver wrote behind the header, all at once: nothing of it is read a second time.
     fn fetch<M: GuestMemory>(&mut self, memory: &M, job: &mut Job, bytes: usize) -> bool {
-        let used = self.used;
+        // Also where this fails it is work that was done under the guard, so it stays counted.
         let range = self.reserve(bytes);
         let fetched = self
             .data
@@ -295,8 +291,6 @@ impl Batch {
             .is_some_and(|data| self.places.read(memory, &job.layout.readable, HEADER_BYTES_U64, data));
         if fetched {
             job.data = range;
-        } else {
-            self.used = used;
         }
         fetched
     }

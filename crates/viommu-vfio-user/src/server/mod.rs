@@ -2,25 +2,21 @@
 
 mod interrupts;
 mod link;
+mod listener;
 pub(crate) mod message;
 pub(crate) mod session;
 mod version;
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fs::Mode;
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
-};
 
 use crate::function::Function;
 use crate::memory::WindowLimits;
@@ -28,6 +24,7 @@ use session::{Outcome, Session};
 
 pub use interrupts::Interrupts;
 pub use link::Link;
+pub use listener::{BindError, PrivateListener};
 
 /// How long a message that has begun may take, and a client may take to read a reply, before it is given up.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -38,26 +35,6 @@ const REST: Duration = Duration::from_millis(100);
 /// Clients that are refused while another is there, and told of in the log.
 const REFUSALS: u32 = 3;
 
-/// A socket that cannot be had.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum BindError {
-    /// Somebody serves there.
-    #[error("{0}: another server is there")]
-    InUse(PathBuf),
-    /// Something is there that is no socket.
-    #[error("{0}: there is something, and it is no socket")]
-    NoSocket(PathBuf),
-    /// The kernel refuses.
-    #[error("{path}: {source}")]
-    Io {
-        /// The socket.
-        path: PathBuf,
-        /// What it says.
-        source: io::Error,
-    },
-}
-
 /// Serves one function on one socket, to one client at a time.
 ///
 /// A client that goes away, or breaks the protocol, costs its own connection: the function is told
@@ -66,10 +43,7 @@ pub enum BindError {
 #[derive(Debug)]
 pub struct Server<F> {
     function: F,
-    listener: UnixListener,
-    path: PathBuf,
-    /// Device and inode of the socket.
-    identity: Option<(u64, u64)>,
+    listener: PrivateListener,
     link: Link,
     stop: Stopper,
     limits: WindowLimits,
@@ -109,23 +83,12 @@ impl<F: Function> Server<F> {
     /// # Errors
     /// See [`BindError`].
     pub fn bind(path: &Path, function: F, limits: WindowLimits) -> Result<Self, BindError> {
-        let failed = |source: io::Error| BindError::Io { path: path.into(), source };
-        clear_path(path)?;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
-        let socket = socket.map_err(|errno| failed(errno.into()))?;
-        let address = SocketAddrUnix::new(path).map_err(|errno| failed(errno.into()))?;
-        bind(&socket, &address).map_err(|errno| failed(errno.into()))?;
-        // Before it listens: nobody can connect in between.
-        let private = rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR);
-        private.and_then(|()| listen(&socket, 8)).map_err(|errno| failed(errno.into()))?;
-        let listener = UnixListener::from(socket);
-        listener.set_nonblocking(true).map_err(failed)?;
+        let listener = PrivateListener::bind(path)?;
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let event = event.map_err(|errno| failed(errno.into()))?;
+        let event = event.map_err(|errno| BindError::Io { path: path.into(), source: errno.into() })?;
         let link = Link::default();
         let stop = Stopper(Arc::new(Stop { asked: AtomicBool::new(false), event, link: link.clone() }));
-        let identity = identity(path);
-        Ok(Self { function, listener, path: path.into(), identity, link, stop, limits, rest: None })
+        Ok(Self { function, listener, link, stop, limits, rest: None })
     }
 
     /// To stop it, from another thread.
@@ -168,12 +131,12 @@ impl<F: Function> Server<F> {
     /// Who waits to be served. `None`: nobody, or it cannot be done now.
     fn accept(&mut self) -> io::Result<Option<UnixStream>> {
         match self.listener.accept() {
-            Ok((stream, _)) => Ok(Some(stream)),
+            Ok(stream) => Ok(Some(stream)),
             Err(error) if is_one_of(&error, &[Errno::AGAIN, Errno::INTR, Errno::CONNABORTED]) => Ok(None),
             Err(error) => {
                 // Who waits goes on waiting, and would wake us at once.
                 self.rest = Instant::now().checked_add(REST);
-                crate::log::not_accepted(&self.path, &error);
+                crate::log::not_accepted(self.listener.path(), &error);
                 is_one_of(&error, &[Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM])
                     .then_some(None)
                     .ok_or(error)
@@ -188,8 +151,8 @@ impl<F: Function> Server<F> {
     /// One client, from its first message to its last.
     fn attend(&mut self, stream: UnixStream) {
         match self.converse(stream) {
-            Ok(why) => crate::log::ended(&self.path, &why),
-            Err(error) => crate::log::ended(&self.path, &error),
+            Ok(why) => crate::log::ended(self.listener.path(), &why),
+            Err(error) => crate::log::ended(self.listener.path(), &error),
         }
         clean(&mut self.function, &self.link);
     }
@@ -199,7 +162,7 @@ impl<F: Function> Server<F> {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         self.link.connect(stream.try_clone()?);
-        crate::log::connected(&self.path);
+        crate::log::connected(self.listener.path());
         self.function.connected(&self.link);
         let mut session = Session::new(self.limits.windows);
         let mut payload = Vec::new();
@@ -214,7 +177,7 @@ impl<F: Function> Server<F> {
             if ready.listener && matches!(self.accept(), Ok(Some(_))) {
                 refused = refused.saturating_add(1);
                 if refused <= REFUSALS {
-                    crate::log::second(&self.path);
+                    crate::log::second(self.listener.path());
                 }
             }
             if ready.client
@@ -289,15 +252,6 @@ pub(crate) fn clean(function: &mut impl Function, link: &Link) {
     windows.clear(|window| function.unmapped(window));
 }
 
-impl<F> Drop for Server<F> {
-    fn drop(&mut self) {
-        // It may have been taken away by hand, and another server's may be there.
-        if self.identity.is_some() && identity(&self.path) == self.identity {
-            let _gone = fs::remove_file(&self.path);
-        }
-    }
-}
-
 /// Descriptors that can be read.
 #[derive(Default)]
 struct Ready {
@@ -308,30 +262,4 @@ struct Ready {
 
 fn is_one_of(error: &io::Error, errnos: &[Errno]) -> bool {
     errnos.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
-}
-
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    use std::os::unix::fs::MetadataExt;
-    fs::symlink_metadata(path).ok().map(|there| (there.dev(), there.ino()))
-}
-
-/// Removes a socket that nobody listens on.
-fn clear_path(path: &Path) -> Result<(), BindError> {
-    use std::os::unix::fs::FileTypeExt;
-    let failed = |source: io::Error| BindError::Io { path: path.into(), source };
-    let Ok(there) = fs::symlink_metadata(path) else { return Ok(()) };
-    if !there.file_type().is_socket() {
-        return Err(BindError::NoSocket(path.into()));
-    }
-    // One that has no time for us is one that is there: do not wait for it.
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
-    let probe = probe.map_err(|errno| failed(errno.into()))?;
-    let address = SocketAddrUnix::new(path).map_err(|errno| failed(errno.into()))?;
-    match connect(&probe, &address) {
-        Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(failed),
-        Err(Errno::NOENT) => Ok(()),
-        Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Err(BindError::InUse(path.into())),
-        Err(errno) => Err(failed(errno.into())),
-    }
 }

@@ -5,6 +5,7 @@ mod iommu;
 mod unit;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,6 +27,7 @@ use super::control::Live;
 use super::control::protocol::Plugged;
 use super::device::Kind;
 use super::options::{Device, IommuPlan, ServePlan};
+use super::record::Recording;
 use super::snapshot::{self, Hex, Snapshot};
 use super::times::Times;
 use super::{qemu, snapshot::gather::nanos};
@@ -45,6 +47,9 @@ pub(crate) enum MachineError {
     /// A socket.
     #[error(transparent)]
     Bind(#[from] viommu_vfio_user::BindError),
+    /// The history cannot be begun.
+    #[error("--record {path}: {source}", path = path.display())]
+    History { path: PathBuf, source: io::Error },
     /// A thread or a descriptor.
     #[error("{0}")]
     Io(#[from] io::Error),
@@ -86,6 +91,7 @@ pub(crate) struct Machine {
     device: Option<VirtioIommu>,
     members: Mutex<BTreeMap<Bdf, Member>>,
     iommu: Mutex<Option<Served>>,
+    recording: Option<Arc<Recording<File>>>,
     started: Instant,
 }
 
@@ -102,9 +108,18 @@ impl Machine {
             }
             None => (Unit::new(Iommu::builder().bypass(true).build()?), None),
         };
-        let started = Instant::now();
-        let machine =
-            Self { plan, unit, device, members: Mutex::default(), iommu: Mutex::default(), started };
+        let recording = match (&plan.record, &device) {
+            (Some(path), Some(device)) => {
+                let failed = |source| MachineError::History { path: path.clone(), source };
+                let recording = Recording::create(path).map_err(failed)?;
+                // The device is new: nobody else has taken its journal.
+                device.journal(recording.clone());
+                Some(recording)
+            }
+            _ => None,
+        };
+        let (members, iommu, started) = (Mutex::default(), Mutex::default(), Instant::now());
+        let machine = Self { plan, unit, device, members, iommu, recording, started };
         for device in machine.plan.devices.clone() {
             machine.add(device)?;
         }
@@ -208,6 +223,10 @@ impl Machine {
             if let Err(error) = engine.flush() {
                 lost.push(format!("{address}={}: what was written may be lost: {error}", device.kind));
             }
+        }
+        if let Some(recording) = &self.recording {
+            // It has said itself what is wrong with it.
+            let _file = recording.finish();
         }
         if lost.is_empty() { Ok(()) } else { Err(lost) }
     }

@@ -254,3 +254,29 @@ fn long_request_when_its_memory_vanishes_in_the_middle_fails_there() {
     assert_eq!(rig.driver.answer(&request), [IOERR]);
     assert!(rig.disk.bytes().iter().enumerate().all(|(at, byte)| (*byte == 5) == (at < 1 << 20)));
 }
+
+#[test]
+fn batch_when_chains_are_long_or_data_many_ends_early() {
+    let mut rig = Rig::new();
+    let at = rig.header();
+    // A circle through the whole table: no chain, and as much work as there can be.
+    for index in 0..128 {
+        rig.driver.descriptor(TABLE, index, at, 16, NEXT, (index + 1) % 128);
+    }
+    (0..64).for_each(|_| rig.driver.make_available(5));
+    let processed = rig.process().unwrap();
+    assert_eq!((processed.requests, processed.more), (32, true));
+    assert_eq!(rig.run().len(), 64);
+
+    // Data that cannot be read count too: half of each lies behind the end of memory.
+    let mut rig = Rig::new();
+    let (at, status) = (rig.header(), rig.driver.room(1, 1));
+    rig.driver.write(at, &request(kind::OUT, 0, &[]));
+    let data = piece((1 << 20) - (16 << 10), 32 << 10, false);
+    for _ in 0..40 {
+        rig.driver.offer(&[piece(at, 16, false), data, piece(status, 1, true)]);
+    }
+    assert_eq!(rig.process().unwrap().requests, 32);
+    assert_eq!(rig.run().len(), 40);
+    assert_eq!(rig.blk.metrics().writes.ioerr, 40);
+}
