@@ -2,17 +2,14 @@
 
 use std::{
     fs::{self, File},
-    io::{BufRead, BufReader, Write},
-    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use rustix::process::{Pid, Signal};
-use serde_json::{Value, json};
 
 use crate::status::Status;
 
@@ -22,6 +19,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// A running server; it is killed when it goes out of scope.
 pub(crate) struct Server {
     child: Child,
+    viommu: PathBuf,
     sockets: PathBuf,
     output: PathBuf,
     log: PathBuf,
@@ -49,7 +47,8 @@ impl Server {
         command.arg("--memory").arg(format!("{memory}M"));
         command.stdin(Stdio::null()).stdout(File::create(&output)?).stderr(File::create(&log)?);
         let child = command.spawn().with_context(|| format!("{} does not start", viommu.display()))?;
-        let mut server = Server { child, sockets: sockets.to_owned(), output, log };
+        let mut server =
+            Server { child, viommu: viommu.to_owned(), sockets: sockets.to_owned(), output, log };
         let until = Instant::now() + LIMIT;
         while !server.output().lines().any(|line| line.starts_with("ready")) {
             if let Some(status) = server.child.try_wait()? {
@@ -86,25 +85,24 @@ impl Server {
     ///
     /// If the server does not give it.
     pub(crate) fn status(&self) -> anyhow::Result<Status> {
-        let answer = self.ask(&json!({ "get": "snapshot", "mappings": true }))?;
-        Ok(Status::new(answer["snapshot"].clone()))
+        let text = self.run("status", &["--json", "--mappings"])?;
+        Ok(Status::new(serde_json::from_str(&text).with_context(|| text.clone())?))
     }
 
-    /// Asks over the control socket; the answer.
+    /// Runs another of viommu's commands on this server; what it has said.
     ///
     /// # Errors
     ///
-    /// If there is none, or it is an error.
-    pub(crate) fn ask(&self, request: &Value) -> anyhow::Result<Value> {
-        let mut stream = UnixStream::connect(self.sockets.join("control.sock"))
-            .map_err(|error| self.failure(&format!("its control socket: {error}")))?;
-        stream.set_read_timeout(Some(LIMIT))?;
-        stream.write_all(format!("{request}\n").as_bytes())?;
-        let mut line = String::new();
-        BufReader::new(stream).read_line(&mut line).with_context(|| request.to_string())?;
-        let answer: Value = serde_json::from_str(&line).with_context(|| line.clone())?;
-        ensure!(answer.get("error").is_none(), "{request}: {answer}");
-        Ok(answer)
+    /// If it fails.
+    pub(crate) fn run(&self, command: &str, words: &[&str]) -> anyhow::Result<String> {
+        let mut run = Command::new(&self.viommu);
+        run.arg(command).arg("--socket-dir").arg(&self.sockets).args(words);
+        let output = run.stdin(Stdio::null()).output()?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            return Err(self.failure(&format!("viommu {command} {}: {}", words.join(" "), said.trim())));
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     /// Stops it with SIGTERM; it must end well.

@@ -2,7 +2,7 @@
 //! serves the next boot.
 
 use anyhow::{Context as _, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::endpoint;
 use crate::{
@@ -26,8 +26,9 @@ fn once(run: &Run<'_>, boot: &str) -> anyhow::Result<()> {
     vm.wait("EMPTY")?;
     ensure!(server.status()?.endpoint(PLACE).is_err(), "expected no endpoint yet");
 
-    let answer = server.ask(&json!({ "plug": { "address": PLACE, "device": "rng" } }))?;
-    let line = answer["plugged"]["qmp"].as_str().with_context(|| format!("no line for QEMU: {answer}"))?;
+    let said = server.run("plug", &[&format!("{PLACE}=rng")])?;
+    let line = said.lines().find(|line| line.starts_with('{'));
+    let line = line.with_context(|| format!("expected what QEMU is to be told, seen {said:?}"))?;
     let line: Value = serde_json::from_str(line)?;
     let command = line["execute"].as_str().context("no command")?;
     vm.qmp()?.run(command, line["arguments"].clone())?;

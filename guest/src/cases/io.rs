@@ -1,6 +1,9 @@
 //! A file system behind the IOMMU: what is written is read back, and our record is the guest's own.
 
+use std::{fs, path::Path, process::Command};
+
 use anyhow::{Context as _, ensure};
+use serde_json::Value;
 
 use super::{blk, endpoint};
 use crate::{
@@ -23,7 +26,9 @@ pub(super) fn lazy(run: &Run<'_>) -> anyhow::Result<String> {
 
 fn io(run: &Run<'_>, mode: &str, group: &str) -> anyhow::Result<String> {
     let image = run.disk("disk.img", 16)?;
-    let server = run.serve(&[blk(BLK, &image), endpoint(RNG, "rng")].concat(), "server")?;
+    let record = run.folder.join("record.viommu");
+    let recorded = ["--record".to_owned(), record.display().to_string()];
+    let server = run.serve(&[blk(BLK, &image), endpoint(RNG, "rng"), recorded].concat(), "server")?;
     let config = Config::new("io").append(mode).append(&format!("blk={BLK} rng={RNG}"));
     let mut vm = run.start_with(&server, config, "vm")?;
 
@@ -69,5 +74,23 @@ fn io(run: &Run<'_>, mode: &str, group: &str) -> anyhow::Result<String> {
     // A map of several sizes of pages is a request for each.
     ensure!(maps >= replayed.maps, "expected {} MAPs or more, seen {maps}", replayed.maps);
     server.stop()?;
-    Ok(format!("{maps} maps, {pages} pages compared"))
+    replay(run, &record, maps)?;
+    Ok(format!("{maps} maps, {pages} pages compared, the recording agrees"))
+}
+
+/// What was recorded is replayed without a complaint, and is all that was served.
+fn replay(run: &Run<'_>, record: &Path, maps: u64) -> anyhow::Result<()> {
+    let output = Command::new(&run.lab.viommu).args(["replay", "--format", "json"]).arg(record).output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    fs::write(run.folder.join("replay.json"), said.as_bytes())?;
+    ensure!(
+        output.status.success(),
+        "viommu replay {}: {}: {}",
+        record.display(),
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    let report: Value = serde_json::from_str(&said).with_context(|| said.to_string())?;
+    expect("maps in the history", report["history"]["map"].as_u64(), Some(maps))?;
+    expect("differences to the history", report["differences"].as_u64(), Some(0))
 }
