@@ -24,7 +24,7 @@ const BATCH_BYTES: usize = 1 << 20;
 enum Task {
     /// Nothing more: this is the answer.
     Answer(Status),
-    /// It is given back with nothing said.
+    /// It cannot be answered, and is not given back.
     Nothing,
     Read {
         at: u64,
@@ -343,7 +343,9 @@ impl Batch {
         memory: &M,
     ) -> Result<Processed, QueueError> {
         let Self { jobs, places, data, more, .. } = self;
-        let answers = jobs.iter_mut().map(|job| (job.head, answer(blk, job, places, data, memory)));
+        // Without a status of ours, the driver would find an old one of its own: such a request stays with the device.
+        let answers =
+            jobs.iter_mut().filter_map(|job| Some((job.head, answer(blk, job, places, data, memory)?)));
         ring::give(queue, memory, answers, *more)
     }
 }
@@ -359,11 +361,12 @@ fn segments_of(data: &[u8], range: &Range<usize>) -> impl Iterator<Item = Segmen
     data.chunks_exact(SEGMENT_BYTES).filter_map(|bytes| Segment::read_from_bytes(bytes).ok())
 }
 
-/// Writes the answer to one request; gives the bytes written, from the first one on without a gap.
-fn answer<M: GuestMemory>(blk: &Blk, job: &mut Job, places: &Places, data: &[u8], memory: &M) -> u32 {
+/// Writes the answer to one request; gives the bytes written, from the first one on without a gap. `None`: it has no
+/// status.
+fn answer<M: GuestMemory>(blk: &Blk, job: &mut Job, places: &Places, data: &[u8], memory: &M) -> Option<u32> {
     if job.task == Task::Nothing {
         blk.counters.unanswered();
-        return 0;
+        return None;
     }
     let mut bytes = match &job.task {
         Task::LongWrite { len, .. } => *len,
@@ -384,11 +387,11 @@ fn answer<M: GuestMemory>(blk: &Blk, job: &mut Job, places: &Places, data: &[u8]
     let status = job.status.byte();
     if !places.write(memory, &job.layout.writable, job.room(), &[status]) {
         blk.counters.unanswered();
-        return 0;
+        return None;
     }
     blk.counters.answered(job.kind, job.status, bytes);
     let written = if job.delivered == job.room() { job.delivered.saturating_add(1) } else { job.delivered };
-    u32::try_from(written).unwrap_or(u32::MAX)
+    Some(u32::try_from(written).unwrap_or(u32::MAX))
 }
 
 /// The pieces of a request of `len` bytes: where they begin, and how long they are.
