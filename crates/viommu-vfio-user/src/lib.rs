@@ -13,8 +13,12 @@
 //!
 //! # Who may do what
 //! A client is not trusted: what it sends is checked, and what is wrong costs its own connection. It is asked for memory
-//! that cannot shrink (sealed, as QEMU's `memory-backend-memfd` is): other memory would let it kill this process.
-//! Descriptors for interrupts must be eventfds.
+//! that cannot go away (sealed against shrinking, as QEMU's `memory-backend-memfd` is, and not of huge pages, which can
+//! run out): other memory would let it kill this process. Descriptors for interrupts must be eventfds. They are the
+//! client's all the same: one that makes them blocking again, and full, holds up its own function.
+//!
+//! A client may take up descriptors of this process: an eventfd for each interrupt, and a file for each piece of memory
+//! ([`WindowLimits::files`]). Who serves many sockets raises the limit of descriptors (`RLIMIT_NOFILE`).
 //!
 //! # Threads
 //! [`Server::run`] serves on the thread it is called on; the crate starts none.

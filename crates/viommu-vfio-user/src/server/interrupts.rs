@@ -53,7 +53,7 @@ pub(crate) fn event_of(fd: OwnedFd) -> Result<OwnedFd, Errno> {
     if link.is_ok_and(|link| link.as_os_str() != "anon_inode:[eventfd]") {
         return Err(Errno::INVAL);
     }
-    // Else a client could make us wait.
+    // Else a full one would make us wait. The client can take this back, and holds up its own function then.
     fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
     Ok(fd)
 }

@@ -2,6 +2,9 @@
 //! descriptors of many kinds. Behind the server is a virtio device that uses its queues and the client's memory. For
 //! fuzzing and tests alone; nothing here is stable.
 
+mod echo;
+mod input;
+
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -12,19 +15,20 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::function::{Doorbell, Function, Region};
-use crate::memory::{PAGE, Window, WindowLimits, Windows};
+use crate::memory::{PAGE, WindowLimits, Windows};
 use crate::server::session::{Outcome, Session};
 use crate::server::{Link, clean, exchange, message};
 use crate::spec::{
     Command, DmaMap, DmaUnmap, HEADER, Header, IrqAction, IrqSet, MessageFlags, MultiWrite, RegionAccess,
     Version, irq,
 };
-use crate::virtio::{Device, DeviceSignal, QueueSignal, ResetBy, VirtioFunction, feature, status};
+use crate::virtio::{VirtioFunction, feature, status};
+use echo::Echo;
+use input::Input;
 
 /// Pages of the client's memory.
 const PAGES: u64 = 16;
@@ -32,171 +36,6 @@ const QUEUES: usize = 2;
 const LIMITS: WindowLimits = WindowLimits { windows: 8, files: 3, bytes: 32 * PAGE, allow_unsealed: false };
 /// Steps of one input.
 const STEPS: usize = 200;
-
-/// Bytes to take from.
-struct Input<'d>(&'d [u8]);
-
-impl Input<'_> {
-    fn byte(&mut self) -> u8 {
-        let Some((first, rest)) = self.0.split_first() else { return 0 };
-        self.0 = rest;
-        *first
-    }
-
-    fn word(&mut self) -> u16 {
-        u16::from_le_bytes([self.byte(), self.byte()])
-    }
-
-    fn bytes(&mut self, count: usize) -> &[u8] {
-        let (taken, rest) = self.0.split_at(count.min(self.0.len()));
-        self.0 = rest;
-        taken
-    }
-
-    /// A number that is small, or at one of the ends that matter.
-    fn number(&mut self) -> u64 {
-        match self.byte() {
-            small @ 0..0xe0 => u64::from(small),
-            0xe0..0xf0 => u64::from(self.word()),
-            0xf0 => u64::MAX,
-            0xf1 => 1 << 63,
-            0xf2 => u64::from(u32::MAX),
-            0xf3 => 1 << 32,
-            0xf4 => 1 << 20,
-            _ => u64::MAX - u64::from(self.byte()),
-        }
-    }
-
-    fn small(&mut self) -> u32 {
-        u32::try_from(self.number() & 0xffff_ffff).expect("32 bits")
-    }
-
-    /// An address or a size in pages; rarely one that is not whole.
-    fn pages(&mut self) -> u64 {
-        let odd = u64::from(self.byte()).saturating_sub(0xf8);
-        self.number().wrapping_mul(PAGE).wrapping_add(odd)
-    }
-}
-
-/// Copies what it is given to where it may write.
-struct Echo {
-    windows: Windows,
-    queues: [Option<(Queue, QueueSignal)>; QUEUES],
-    signal: Option<DeviceSignal>,
-    known: Vec<Window>,
-    bell: Arc<OwnedFd>,
-}
-
-impl Echo {
-    fn serve(&mut self, index: usize) {
-        let memory = self.windows.memory();
-        let Some((queue, signal)) = &mut self.queues[index] else { return };
-        let mut served = Vec::new();
-        let Ok(chains) = queue.iter(memory.clone()) else { return signal.needs_reset() };
-        for chain in chains {
-            let head = chain.head_index();
-            let (mut text, mut written) = (Vec::new(), 0_u32);
-            for part in chain {
-                let bytes = usize::try_from(part.len()).unwrap_or(usize::MAX).min(256);
-                if part.is_write_only() {
-                    let bytes = bytes.min(text.len());
-                    if memory.write_slice(&text[..bytes], part.addr()).is_ok() {
-                        written += u32::try_from(bytes).expect("256 at most");
-                    }
-                } else {
-                    let mut data = [0; 256];
-                    if memory.read_slice(&mut data[..bytes], part.addr()).is_ok() {
-                        text = data[..bytes].to_vec();
-                    }
-                }
-            }
-            served.push((head, written));
-        }
-        for (head, written) in served {
-            match queue.add_used(&*memory, head, written).and_then(|()| queue.needs_notification(&*memory)) {
-                Ok(true) => signal.interrupt(),
-                Ok(false) => {}
-                Err(_) => return signal.needs_reset(),
-            }
-        }
-    }
-}
-
-impl Device for Echo {
-    fn device_type(&self) -> u16 {
-        42
-    }
-
-    fn class(&self) -> u32 {
-        0xff_00_00
-    }
-
-    fn queue_sizes(&self) -> Vec<u16> {
-        vec![16; QUEUES]
-    }
-
-    fn features(&self) -> u64 {
-        feature::EVENT_IDX | feature::INDIRECT_DESC | 1
-    }
-
-    fn negotiate(&mut self, features: u64) -> bool {
-        assert_eq!(features & !(self.features() | feature::VERSION_1 | feature::RING_RESET), 0);
-        features & 1 == 0
-    }
-
-    fn read_config(&mut self, offset: u64, data: &mut [u8]) {
-        assert!(offset + u64::try_from(data.len()).expect("small") <= PAGE);
-    }
-
-    fn ready(&mut self, signal: DeviceSignal) {
-        assert!(self.queues.iter().all(Option::is_none));
-        self.signal = Some(signal);
-    }
-
-    fn start(&mut self, index: u16, queue: Queue, signal: QueueSignal) {
-        assert!(self.signal.is_some(), "ready comes first");
-        let old = self.queues[usize::from(index)].replace((queue, signal));
-        assert!(old.is_none(), "started twice");
-        self.serve(index.into());
-    }
-
-    fn stop(&mut self, index: u16) {
-        assert!(self.queues[usize::from(index)].take().is_some(), "stopped, and not started");
-    }
-
-    fn notify(&mut self, index: u16) {
-        assert!(self.queues[usize::from(index)].is_some(), "notified, and not started");
-        self.serve(index.into());
-    }
-
-    fn reset(&mut self, _: ResetBy) {
-        assert!(self.queues.iter().all(Option::is_none), "reset while a queue goes on");
-        self.signal = None;
-    }
-
-    fn doorbell(&self, index: u16) -> Option<Arc<OwnedFd>> {
-        (index == 1).then(|| self.bell.clone())
-    }
-
-    fn mapped(&mut self, window: Window) {
-        self.known.push(window);
-    }
-
-    fn unmapped(&mut self, window: Window) {
-        let at = self.known.iter().position(|known| *known == window);
-        self.known.remove(at.expect("it was mapped"));
-        let gone = self.windows.memory().find_region(GuestAddress(window.address)).is_none();
-        assert!(gone, "it is still found");
-    }
-
-    fn events(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.bell.as_fd()]
-    }
-
-    fn event(&mut self, _: usize) {
-        self.serve(1);
-    }
-}
 
 /// What a client may send along, the same for all inputs: nothing of it is changed.
 struct Things {
