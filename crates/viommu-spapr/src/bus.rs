@@ -162,7 +162,7 @@ impl Spapr {
         self.0.counters.snapshot()
     }
 
-    pub(crate) fn buses(&self) -> std::sync::RwLockReadGuard<'_, Buses> {
+    pub(crate) fn known(&self) -> std::sync::RwLockReadGuard<'_, Buses> {
         self.0.buses.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -192,10 +192,16 @@ impl Spapr {
         Ok(Bus { spapr: self.clone(), inner })
     }
 
+    /// The numbers of all buses, ascending.
+    #[must_use]
+    pub fn buses(&self) -> Vec<u32> {
+        self.known().by_number.keys().copied().collect()
+    }
+
     /// The bus of that number, if it is there.
     #[must_use]
     pub fn bus(&self, number: u32) -> Option<Bus> {
-        let inner = self.buses().by_number.get(&number)?.clone();
+        let inner = self.known().by_number.get(&number)?.clone();
         Some(Bus { spapr: self.clone(), inner })
     }
 
@@ -224,7 +230,7 @@ impl Spapr {
     /// # Errors
     /// [`StepErrorKind::InCallback`]: nothing has changed.
     pub fn reset(&self) -> Result<Completion, StepError> {
-        let buses: Vec<_> = self.buses().by_number.values().cloned().collect();
+        let buses: Vec<_> = self.known().by_number.values().cloned().collect();
         let mut done = Completion::ready();
         for inner in buses {
             done.merge(Bus { spapr: self.clone(), inner }.reset()?);

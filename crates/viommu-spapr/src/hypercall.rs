@@ -46,7 +46,7 @@ impl Spapr {
     /// The bus that has, or can have, a window of that number.
     #[must_use]
     pub fn liobn(&self, liobn: u32) -> Option<Liobn> {
-        let bus = self.buses().by_liobn.get(&liobn)?.clone();
+        let bus = self.known().by_liobn.get(&liobn)?.clone();
         Some(Liobn { spapr: self.clone(), bus, liobn })
     }
 

@@ -88,7 +88,7 @@ impl Spapr {
         if pending != 0 {
             return Err(SaveError::Pending(pending));
         }
-        let numbers: Vec<u32> = self.buses().by_number.keys().copied().collect();
+        let numbers = self.buses();
         let buses = numbers.iter().filter_map(|number| {
             let bus = self.bus(*number)?;
             let mut entries = Vec::new();
@@ -111,7 +111,7 @@ impl Spapr {
         if *version > STATE_VERSION {
             return Err(RestoreError::Version(*version));
         }
-        let mut missing: Vec<u32> = self.buses().by_number.keys().copied().collect();
+        let mut missing = self.buses();
         for saved in buses {
             let at = missing.iter().position(|number| *number == saved.number);
             missing.swap_remove(at.ok_or(RestoreError::Bus(saved.number))?);
