@@ -2,6 +2,7 @@
 
 mod bulk;
 mod hostile;
+mod parallel;
 mod rig;
 mod state;
 mod transitions;
