@@ -22,7 +22,8 @@ pub(crate) enum Command {
     /// The translations and notifications that the history records are compared with theirs, and all of them are
     /// audited every 1000 operations.
     ///
-    /// With --model virtio-iommu each operation is a request to a device, whose status and used length are checked too.
+    /// With --model virtio-iommu each operation is a request to a device, whose status and used length are checked too;
+    /// with --model spapr-tce each map and unmap is a hypercall, whose return code is checked.
     ///
     /// Exit status: 0 all agree, 1 something differs, 2 the input cannot be read, or not be expressed by the model.
     Replay(Replay),
@@ -138,6 +139,8 @@ pub(crate) enum Model {
     Direct,
     /// As requests that a driver writes into the ring of a virtio-iommu in guest memory; accesses go through memory
     VirtioIommu,
+    /// Maps and unmaps as hypercalls of a pseries guest, with a LIOBN for each domain
+    SpaprTce,
 }
 
 #[cfg(test)]
