@@ -15,6 +15,7 @@ pub(crate) mod viot;
 use std::io::{self, Write};
 use std::sync::Arc;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -32,6 +33,7 @@ pub(crate) fn run(args: &Serve) -> Result<(), String> {
     let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|why| why.to_string())?;
     let plan = ServePlan::new(args).map_err(|why| why.to_string())?;
     qemu::check(&plan).map_err(|why| why.to_string())?;
+    allow_descriptors();
     let path = plan.control_socket();
     let machine = Arc::new(Machine::start(plan).map_err(|why| why.to_string())?);
     let plan = machine.plan();
@@ -41,6 +43,14 @@ pub(crate) fn run(args: &Serve) -> Result<(), String> {
     let _signal = signals.forever().next();
     control.stop();
     machine.stop().map_err(|lost| lost.join("; "))
+}
+
+/// Windows and queues have descriptors; the usual soft limit is for programs that use select.
+fn allow_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(why) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!("the limit of descriptors stays as it is: {why}");
+    }
 }
 
 /// Says what is served, and how a guest gets it.
