@@ -1,4 +1,4 @@
-//! Figures: the same guest and work behind viommu, behind QEMU's own virtio-iommu, and behind no IOMMU, each twice over.
+//! Figures: the same guest and work behind viommu, behind QEMU's own virtio-iommu, and behind no IOMMU at all.
 
 mod stamps;
 mod stats;
@@ -8,6 +8,7 @@ use std::{fs, path::Path, time::Duration};
 
 use anyhow::{Context as _, bail, ensure};
 
+use self::stats::Median;
 use crate::{
     Options, lab,
     lab::Run,
@@ -108,10 +109,10 @@ struct Ours {
     /// MAPs and UNMAPs for each request of the disk.
     maps: f64,
     unmaps: f64,
-    /// The ends of the class that has the median of the requests, in microseconds.
-    median: Option<(f64, f64)>,
-    /// The same for the sum over all the MAPs and UNMAPs of one request of the disk.
-    sum: Option<(f64, f64)>,
+    /// Of one MAP or UNMAP, in microseconds.
+    median: Option<Median>,
+    /// Of all of them for one request of the disk.
+    sum: Option<Median>,
     classes: Vec<u64>,
 }
 
@@ -282,8 +283,8 @@ fn ours(boots: &[Boot]) -> Ours {
             *class += count;
         }
     }
-    let median = stats::median_class(&classes).map(|(low, high)| (low / 1e3, high / 1e3));
-    let sum = median.map(|(low, high)| (low * (maps + unmaps), high * (maps + unmaps)));
+    let median = Median::of(&classes).map(|median| median.times(1e-3));
+    let sum = median.map(|median| median.times(maps + unmaps));
     Ours { maps, unmaps, median, sum, classes }
 }
 

@@ -24,18 +24,36 @@ pub(super) fn middle_mean(values: &[f64]) -> Option<f64> {
     (!middle.is_empty()).then(|| middle.iter().sum::<f64>() / middle.len() as f64)
 }
 
-/// The class that has the middle one, and its ends in nanoseconds: class n is below 2^n and not below half of it.
-/// `None` without any, or if the class has no end.
-pub(super) fn median_class(classes: &[u64]) -> Option<(f64, f64)> {
-    let count: u64 = classes.iter().sum();
-    let due = count.div_ceil(2).max(1);
-    let mut so_far = 0;
-    let class = classes.iter().position(|count| {
-        so_far += count;
-        so_far >= due
-    })?;
-    let end = f64::from(u32::try_from(class).ok()?).exp2();
-    (class + 1 < classes.len()).then_some((if class == 0 { 0.0 } else { end / 2.0 }, end))
+/// Where the middle one of some times in classes is, in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Median {
+    /// The ends of its class, which are sure.
+    pub(super) least: f64,
+    pub(super) most: f64,
+    /// Its place there, if the class's times lie evenly.
+    pub(super) about: f64,
+}
+
+impl Median {
+    /// Class n is below 2^n and not below half of it. `None` without any, or if the class has no end.
+    pub(super) fn of(classes: &[u64]) -> Option<Median> {
+        let due = classes.iter().sum::<u64>() as f64 / 2.0;
+        let mut before = 0.0;
+        let class = classes.iter().position(|count| {
+            let found = *count > 0 && before + *count as f64 >= due;
+            before += if found { 0.0 } else { *count as f64 };
+            found
+        })?;
+        let most = f64::from(u32::try_from(class).ok()?).exp2();
+        let least = if class == 0 { 0.0 } else { most / 2.0 };
+        let share = (due - before) / *classes.get(class)? as f64;
+        (class + 1 < classes.len()).then_some(Median { least, most, about: least + share * (most - least) })
+    }
+
+    /// So many times as much.
+    pub(super) fn times(self, factor: f64) -> Median {
+        Median { least: self.least * factor, most: self.most * factor, about: self.about * factor }
+    }
 }
 
 fn sorted(values: &[f64]) -> Vec<f64> {
@@ -70,10 +88,12 @@ mod tests {
     }
 
     #[test]
-    fn median_class_has_its_ends() {
-        assert_eq!(median_class(&[0; 8]), None);
-        assert_eq!(median_class(&[0, 0, 0, 2, 1, 0]), Some((4.0, 8.0)));
-        assert_eq!(median_class(&[3, 0, 0, 2]), Some((0.0, 1.0)));
-        assert_eq!(median_class(&[0, 0, 7]), None, "the last class has no end");
+    fn median_has_the_ends_of_its_class_and_a_place_there() {
+        assert_eq!(Median::of(&[0; 8]), None);
+        let median = Median { least: 4.0, most: 8.0, about: 7.0 };
+        assert_eq!(Median::of(&[0, 0, 0, 2, 1, 0]), Some(median));
+        assert_eq!(median.times(2.0), Median { least: 8.0, most: 16.0, about: 14.0 });
+        assert_eq!(Median::of(&[4, 0, 0, 2]).map(|median| (median.least, median.most)), Some((0.0, 1.0)));
+        assert_eq!(Median::of(&[0, 0, 7]), None, "the last class has no end");
     }
 }
