@@ -33,6 +33,28 @@ pub(crate) struct Lab {
     initramfs: Vec<PathBuf>,
 }
 
+impl Lab {
+    /// Files, sockets and kernel of what is called `name`, in an empty folder.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such kernel, or the folders cannot be made.
+    pub(crate) fn run(&self, name: &str, index: usize) -> anyhow::Result<Run<'_>> {
+        let kernel = self.parts.kernels.get(index).context("no such kernel")?;
+        let initramfs = self.initramfs.get(index).context("a kernel without its initramfs")?;
+        let folder = self.folder.join("runs").join(name);
+        emptied(&folder)?;
+        let sockets = tempfile::Builder::new().prefix("viommu-guest-").tempdir()?;
+        Ok(Run { lab: self, kernel, initramfs, folder, sockets })
+    }
+
+    /// The kernels, for a reader.
+    pub(crate) fn releases(&self) -> String {
+        let names: Vec<&str> = self.parts.kernels.iter().map(|kernel| kernel.release.as_str()).collect();
+        names.join(" and ")
+    }
+}
+
 /// One case on one kernel.
 pub(crate) struct Run<'a> {
     pub(crate) lab: &'a Lab,
@@ -93,6 +115,26 @@ impl Run<'_> {
     }
 }
 
+/// Has all parts at hand, for this process alone as long as the file is held.
+///
+/// # Errors
+///
+/// If a part cannot be had.
+pub(crate) fn open(options: &Options) -> anyhow::Result<(Lab, File)> {
+    fs::create_dir_all(&options.folder).with_context(|| options.folder.display().to_string())?;
+    let folder = options.folder.canonicalize()?;
+    let alone = alone(&folder)?;
+    let parts = setup::parts(&folder)?;
+    println!("{}", parts.qemu.version()?);
+    let initramfs = parts
+        .kernels
+        .iter()
+        .map(|kernel| initramfs::make(kernel, &parts.busybox, &options.inside, &cases::SCRIPTS, &folder))
+        .collect::<anyhow::Result<_>>()?;
+    let lab = Lab { parts, viommu: options.viommu.clone(), full: options.full, folder, initramfs };
+    Ok((lab, alone))
+}
+
 /// Runs what the options choose; whether all passed.
 ///
 /// # Errors
@@ -100,29 +142,17 @@ impl Run<'_> {
 /// If nothing can be run.
 pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
     let begun = Instant::now();
-    fs::create_dir_all(&options.folder).with_context(|| options.folder.display().to_string())?;
-    let folder = options.folder.canonicalize()?;
-    let _alone = alone(&folder)?;
-    let parts = setup::parts(&folder)?;
-    println!("{}", parts.qemu.version()?);
-
     for name in &options.case {
         ensure!(cases::CASES.iter().any(|case| case.name == name), "there is no case {name}: see --list");
     }
+    let (lab, _alone) = open(options)?;
     let chosen = |kernel: &&Kernel| {
         options.kernel.is_empty()
             || options.kernel.iter().any(|name| kernel.release.starts_with(name.as_str()))
     };
-    if !parts.kernels.iter().any(|kernel| chosen(&kernel)) {
-        let names: Vec<&str> = parts.kernels.iter().map(|kernel| kernel.release.as_str()).collect();
-        bail!("no such kernel; there are {}", names.join(" and "));
+    if !lab.parts.kernels.iter().any(|kernel| chosen(&kernel)) {
+        bail!("no such kernel; there are {}", lab.releases());
     }
-    let initramfs = parts
-        .kernels
-        .iter()
-        .map(|kernel| initramfs::make(kernel, &parts.busybox, &options.inside, &cases::SCRIPTS, &folder))
-        .collect::<anyhow::Result<_>>()?;
-    let lab = Lab { parts, viommu: options.viommu.clone(), full: options.full, folder, initramfs };
 
     let runs: VecDeque<(&cases::Case, usize)> = cases::CASES
         .iter()
@@ -155,12 +185,7 @@ fn one(lab: &Lab, case: &cases::Case, index: usize, keep: bool) -> bool {
     let kernel_name = &lab.parts.kernels[index].name;
     let name = format!("{}-{kernel_name}", case.name);
     let folder = lab.folder.join("runs").join(&name);
-    let result = emptied(&folder).and_then(|()| {
-        let sockets = tempfile::Builder::new().prefix("viommu-guest-").tempdir()?;
-        let kernel = &lab.parts.kernels[index];
-        let run = Run { lab, kernel, initramfs: &lab.initramfs[index], folder: folder.clone(), sockets };
-        (case.run)(&run)
-    });
+    let result = lab.run(&name, index).and_then(|run| (case.run)(&run));
     let time = begun.elapsed().as_secs_f64();
     match result {
         Ok(note) => {

@@ -1,6 +1,7 @@
 //! Live tests: an unmodified Linux in an unmodified QEMU, with viommu as its IOMMU. Run by `cargo xtask guest`.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod cases;
 mod cpio;
 mod disk;
@@ -46,6 +47,12 @@ struct Options {
     /// Keeps the files of cases that pass.
     #[arg(long)]
     keep: bool,
+    /// Runs no case, and measures beside QEMU's own devices, so many boots of each set-up.
+    #[arg(long, value_name = "RUNS")]
+    bench: Option<u32>,
+    /// Where the measured figures go, as JSON.
+    #[arg(long, value_name = "FILE", requires = "bench")]
+    json: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -56,7 +63,11 @@ fn main() -> ExitCode {
         }
         return ExitCode::SUCCESS;
     }
-    match lab::run(&options) {
+    let result = match options.bench {
+        Some(runs) => bench::run(&options, runs).map(|()| true),
+        None => lab::run(&options),
+    };
+    match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {

@@ -23,6 +23,17 @@ impl Status {
         })
     }
 
+    /// The IOMMU's requests by the time until their answer: class n is below 2^n nanoseconds, and the last one is open.
+    ///
+    /// # Errors
+    ///
+    /// If the answer does not say.
+    pub(crate) fn request_times(&self) -> anyhow::Result<Vec<u64>> {
+        let classes = &self.0["iommu"]["request_times"]["classes"];
+        let classes = classes.as_array().context("no times of the IOMMU's requests")?;
+        classes.iter().map(|count| count.as_u64().with_context(|| format!("{count}"))).collect()
+    }
+
     /// Accesses that reached nothing.
     ///
     /// # Errors

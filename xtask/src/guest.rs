@@ -1,6 +1,10 @@
 //! `cargo xtask guest`: live tests with real guests, in the package `guest`.
 
-use std::{env, path::PathBuf};
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, bail};
 
@@ -38,18 +42,7 @@ pub(crate) struct Options {
 ///
 /// If something does not build, cannot be had, or a case fails.
 pub(crate) fn run(options: &Options, context: &Context) -> anyhow::Result<()> {
-    let folder = context.target("guest");
-    let viommu = built(context, "viommu-cli", "viommu")?;
-    let program = built(context, "viommu-guest", "viommu-guest")?;
-
-    let mut inside = context.cargo(&["build", "--release", "-p", "viommu-guest-inside", "--target", TARGET]);
-    inside.arg("--target-dir").arg(folder.join("inside"));
-    inside.env("RUSTFLAGS", "-C target-feature=+crt-static");
-    run_quietly(context, inside)?;
-
-    let mut command = context.command(&program.display().to_string());
-    command.arg("--folder").arg(&folder).arg("--viommu").arg(viommu);
-    command.arg("--inside").arg(folder.join("inside").join(TARGET).join("release/viommu-guest-inside"));
+    let mut command = program(context, &built(context, "viommu-cli", "viommu")?)?;
     for (option, values) in [("--kernel", &options.kernel), ("--case", &options.case)] {
         values.iter().for_each(|value| {
             command.args([option, value]);
@@ -76,6 +69,26 @@ pub(crate) fn stage(context: &Context) -> anyhow::Result<Outcome> {
     }
     run(&Options::default(), context)?;
     Ok(Outcome::passed())
+}
+
+/// Builds what tests and what runs in the guests; the tests' command, with all that it must be told.
+///
+/// # Errors
+///
+/// If something does not build.
+pub(crate) fn program(context: &Context, viommu: &Path) -> anyhow::Result<Command> {
+    let folder = context.target("guest");
+    let program = built(context, "viommu-guest", "viommu-guest")?;
+
+    let mut inside = context.cargo(&["build", "--release", "-p", "viommu-guest-inside", "--target", TARGET]);
+    inside.arg("--target-dir").arg(folder.join("inside"));
+    inside.env("RUSTFLAGS", "-C target-feature=+crt-static");
+    run_quietly(context, inside)?;
+
+    let mut command = context.command(&program.display().to_string());
+    command.arg("--folder").arg(&folder).arg("--viommu").arg(viommu);
+    command.arg("--inside").arg(folder.join("inside").join(TARGET).join("release/viommu-guest-inside"));
+    Ok(command)
 }
 
 /// Builds a program of the workspace, assertions on; where it is.

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod bench_guest;
 mod context;
 mod deny;
 mod fuzz;
@@ -46,6 +47,8 @@ enum Chore {
     Bench(bench::Options),
     /// Runs real guests behind viommu: the live tests.
     Guest(guest::Options),
+    /// Measures what a guest's disk takes behind viommu, beside QEMU's own devices.
+    BenchGuest(bench_guest::Options),
     /// Fuzzes one target with libFuzzer, or lists the targets.
     Fuzz(fuzz::Options),
 }
@@ -71,6 +74,7 @@ fn chore(options: &Options) -> anyhow::Result<bool> {
         Chore::Shuttle { filter } => test::shuttle(&context, filter.as_deref()).map(|_| true),
         Chore::Bench(options) => bench::run(options, &context).map(|()| true),
         Chore::Guest(options) => guest::run(options, &context).map(|()| true),
+        Chore::BenchGuest(options) => bench_guest::run(options, &context).map(|()| true),
         Chore::Fuzz(options) => fuzz::run(options, &context).map(|()| true),
     }
 }

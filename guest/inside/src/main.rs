@@ -3,12 +3,13 @@
 mod kexec;
 mod load;
 mod memory;
+mod time;
 mod vfio;
 mod virtio;
 
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: inside probe BDF GROUP | load NAME DISK SEED THREADS BLOCKS WRITES SECONDS | kexec KERNEL INITRAMFS WORDS";
+const USAGE: &str = "usage: inside probe BDF GROUP | load NAME DISK SEED THREADS BLOCKS WRITES SECONDS | time DISK BYTES COUNT | kexec KERNEL INITRAMFS WORDS";
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -18,6 +19,7 @@ fn main() -> ExitCode {
         ["load", name, disk, seed, threads, blocks, writes, seconds] => {
             load::run(name, disk, [seed, threads, blocks, writes, seconds])
         }
+        ["time", disk, bytes, count] => time::run(disk, bytes, count),
         ["kexec", kernel, initramfs, words] => kexec::run(kernel, initramfs, words),
         _ => Err(USAGE.into()),
     };

@@ -54,7 +54,8 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// What the guests run, by name.
-pub(crate) const SCRIPTS: [(&str, &str); 6] = [
+pub(crate) const SCRIPTS: [(&str, &str); 7] = [
+    ("bench", include_str!("../bench/bench.sh")),
     ("hotplug", include_str!("hotplug.sh")),
     ("io", include_str!("io.sh")),
     ("load", include_str!("load.sh")),
