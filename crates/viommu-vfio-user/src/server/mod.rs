@@ -49,6 +49,8 @@ pub struct Server<F> {
     limits: WindowLimits,
     /// When somebody can be accepted again.
     rest: Option<Instant>,
+    /// How long to look for the next message before sleeping.
+    busy_poll: Duration,
 }
 
 /// Stops a server, from any thread; clones stop the same one.
@@ -88,7 +90,15 @@ impl<F: Function> Server<F> {
         let event = event.map_err(|errno| BindError::Io { path: path.into(), source: errno.into() })?;
         let link = Link::default();
         let stop = Stopper(Arc::new(Stop { asked: AtomicBool::new(false), event, link: link.clone() }));
-        Ok(Self { function, listener, link, stop, limits, rest: None })
+        Ok(Self { function, listener, link, stop, limits, rest: None, busy_poll: Duration::ZERO })
+    }
+
+    /// After a message, looks for the next one for so long before it sleeps, giving way to other threads meanwhile. Being
+    /// woken takes longer than most messages, and a guest that waits for its IOMMU sends one after the other. Zero, as it
+    /// is at first, sleeps at once.
+    #[must_use]
+    pub fn busy_poll(self, time: Duration) -> Self {
+        Self { busy_poll: time, ..self }
     }
 
     /// To stop it, from another thread.
@@ -116,7 +126,7 @@ impl<F: Function> Server<F> {
     /// The listening socket fails; a client's failures are none.
     pub fn run(&mut self) -> io::Result<()> {
         while !self.stop.is_asked() {
-            let ready = self.wait(None)?;
+            let ready = self.wait(None, None)?;
             self.events(&ready);
             if !ready.listener || self.stop.is_asked() {
                 continue;
@@ -167,8 +177,9 @@ impl<F: Function> Server<F> {
         let mut session = Session::new(self.limits.windows);
         let mut payload = Vec::new();
         let mut refused = 0_u32;
+        let mut awake_until = None;
         loop {
-            let ready = self.wait(Some(&stream))?;
+            let ready = self.wait(Some(&stream), awake_until)?;
             if self.stop.is_asked() {
                 return Ok("the server stops");
             }
@@ -186,11 +197,14 @@ impl<F: Function> Server<F> {
             {
                 return Ok(why);
             }
+            if ready.client && !self.busy_poll.is_zero() {
+                awake_until = Instant::now().checked_add(self.busy_poll);
+            }
         }
     }
 
-    /// Until a client or an event comes, or somebody can be accepted again.
-    fn wait(&mut self, client: Option<&UnixStream>) -> io::Result<Ready> {
+    /// Until a client or an event comes, or somebody can be accepted again. Does not sleep before `awake_until`.
+    fn wait(&mut self, client: Option<&UnixStream>, awake_until: Option<Instant>) -> io::Result<Ready> {
         let rest = self.rest.map(|until| until.saturating_duration_since(Instant::now()));
         let rest = rest.filter(|rest| !rest.is_zero());
         if rest.is_none() {
@@ -206,7 +220,18 @@ impl<F: Function> Server<F> {
         let mut polled: Vec<_> =
             watched.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
         let most = rest.and_then(|rest| Timespec::try_from(rest).ok());
-        match poll(&mut polled, most.as_ref()) {
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut ready = Ok(0);
+        while ready == Ok(0) && awake_until.is_some_and(|until| Instant::now() < until) {
+            ready = poll(&mut polled, Some(&now));
+            if ready == Ok(0) {
+                std::thread::yield_now();
+            }
+        }
+        if ready == Ok(0) {
+            ready = poll(&mut polled, most.as_ref());
+        }
+        match ready {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(Ready::default()),
             Err(errno) => return Err(errno.into()),

@@ -10,7 +10,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use viommu::{Endpoint, EndpointConfig, Iommu};
 use viommu_vfio_user::virtio::{DriverState, status};
@@ -31,6 +31,10 @@ use super::record::Recording;
 use super::snapshot::{self, Hex, Snapshot};
 use super::times::Times;
 use super::{qemu, snapshot::gather::nanos};
+
+/// A driver of an IOMMU sends its requests one at a time, and waits for each: about as long as the way from one answer to
+/// the next kick.
+const BUSY_POLL: Duration = Duration::from_micros(50);
 
 /// Something that keeps a machine from being served.
 #[derive(Debug, thiserror::Error)]
@@ -260,7 +264,7 @@ fn serve(
 ) -> Result<Served, MachineError> {
     let function = VirtioFunction::new(device, windows.clone());
     let driver = function.driver_state();
-    let mut server = Server::bind(&socket, function, limits)?;
+    let mut server = Server::bind(&socket, function, limits)?.busy_poll(BUSY_POLL);
     let (stopper, link) = (server.stopper(), server.link());
     let run = move || {
         if let Err(error) = server.run() {
