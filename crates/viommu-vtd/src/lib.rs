@@ -6,6 +6,7 @@
 //! registers and told by an interrupt.
 //!
 //! - [`Vtd`] is the unit: registers, endpoints, resets.
+//! - [`dmar`] tells a guest's firmware where it is, and which devices are behind it.
 //! - [`spec`] has what lies in registers and in memory, and nothing else.
 //!
 //! # Caching mode
@@ -27,13 +28,14 @@
 
 mod context;
 mod cursor;
+pub mod dmar;
 mod faults;
 mod iotlb;
-#[cfg_attr(not(feature = "tracing"), expect(dead_code, reason = "nothing is said"))]
 mod log;
 mod memory;
 mod metrics;
 mod paging;
+#[cfg(feature = "tracing")]
 mod rate;
 mod space;
 pub mod spec;
