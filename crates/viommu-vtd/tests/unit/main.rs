@@ -3,6 +3,7 @@
 
 mod bounds;
 mod faults;
+mod hostile;
 mod lazy;
 mod mirrors;
 mod random;
