@@ -14,8 +14,9 @@ use rustix::fs::FlockOperation;
 
 use crate::{
     Options, cases, initramfs,
+    server::Server,
     setup::{self, Kernel, Parts},
-    vm::{Config, Hardware, Vm},
+    vm::{self, Config, Hardware, Vm},
 };
 
 /// Machines that run at a time: one a processor of a small machine.
@@ -39,6 +40,8 @@ pub(crate) struct Run<'a> {
     initramfs: &'a Path,
     /// Where its files go.
     pub(crate) folder: PathBuf,
+    /// Where its server's sockets are: their paths are short by law, and the folder's may not be.
+    sockets: tempfile::TempDir,
 }
 
 impl Run<'_> {
@@ -51,6 +54,30 @@ impl Run<'_> {
         let hardware =
             Hardware { qemu: &self.lab.parts.qemu, kernel: self.kernel, initramfs: self.initramfs };
         Vm::start(hardware, config, &self.folder, name)
+    }
+
+    /// The first file system of its machines.
+    pub(crate) fn initramfs(&self) -> &Path {
+        self.initramfs
+    }
+
+    /// Starts a server; its files' names begin with `name`. One that is started again has the same sockets.
+    ///
+    /// # Errors
+    ///
+    /// If it ends instead of being ready.
+    pub(crate) fn serve(&self, options: &[String], name: &str) -> anyhow::Result<Server> {
+        let sockets = self.sockets.path().join("s");
+        Server::start(&self.lab.viommu, &sockets, options, vm::MEMORY, &self.folder, name)
+    }
+
+    /// Starts a machine whose devices are a server's.
+    ///
+    /// # Errors
+    ///
+    /// If QEMU cannot be started.
+    pub(crate) fn start_with(&self, server: &Server, config: Config, name: &str) -> anyhow::Result<Vm> {
+        self.start(&config.arguments(server.arguments()?), name)
     }
 
     /// A new file of zeroes for a disk.
@@ -123,25 +150,29 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
 }
 
 /// Runs one case and prints how it went; whether it passed.
-fn one(lab: &Lab, case: &cases::Case, kernel: usize, keep: bool) -> bool {
+fn one(lab: &Lab, case: &cases::Case, index: usize, keep: bool) -> bool {
     let begun = Instant::now();
-    let kernel_name = &lab.parts.kernels[kernel].name;
+    let kernel_name = &lab.parts.kernels[index].name;
     let name = format!("{}-{kernel_name}", case.name);
     let folder = lab.folder.join("runs").join(&name);
-    let run = Run { lab, kernel: &lab.parts.kernels[kernel], initramfs: &lab.initramfs[kernel], folder };
-    let result = emptied(&run.folder).and_then(|()| (case.run)(&run));
+    let result = emptied(&folder).and_then(|()| {
+        let sockets = tempfile::Builder::new().prefix("viommu-guest-").tempdir()?;
+        let kernel = &lab.parts.kernels[index];
+        let run = Run { lab, kernel, initramfs: &lab.initramfs[index], folder: folder.clone(), sockets };
+        (case.run)(&run)
+    });
     let time = begun.elapsed().as_secs_f64();
     match result {
         Ok(note) => {
             println!("{:<12}{kernel_name:<6}{time:5.1} s  passed  {note}", case.name);
             if !keep {
-                let _ = fs::remove_dir_all(&run.folder);
+                let _ = fs::remove_dir_all(&folder);
             }
             true
         }
         Err(error) => {
             println!("{:<12}{kernel_name:<6}{time:5.1} s  FAILED  {error:#}", case.name);
-            println!("    its files: {}", run.folder.display());
+            println!("    its files: {}", folder.display());
             false
         }
     }

@@ -3,12 +3,15 @@
 
 mod cases;
 mod cpio;
+mod disk;
 mod initramfs;
 mod lab;
 mod live;
 mod modules;
 mod qmp;
+mod server;
 mod setup;
+mod status;
 mod vm;
 mod vmlinux;
 

@@ -50,20 +50,6 @@ impl Qmp {
         }
     }
 
-    /// Waits for an event; its data.
-    ///
-    /// # Errors
-    ///
-    /// If it does not come in 20 s, or QEMU is gone.
-    pub(crate) fn event(&mut self, name: &str) -> anyhow::Result<Value> {
-        loop {
-            let answer = self.read().with_context(|| format!("waited for {name}"))?;
-            if answer.get("event").is_some_and(|event| event == name) {
-                return Ok(answer.get("data").cloned().unwrap_or(Value::Null));
-            }
-        }
-    }
-
     fn read(&mut self) -> anyhow::Result<Value> {
         let mut line = String::new();
         if self.reader.read_line(&mut line)? == 0 {

@@ -20,24 +20,25 @@ use crate::{
 /// How long a machine may live, unless a case says otherwise.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
+/// MiB of each machine.
+pub(crate) const MEMORY: u32 = 256;
+
 /// How often is looked whether something has happened.
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// The slot of QEMU's own serial port for the trace, out of the way of what the cases add.
-const TRACE_SLOT: &str = "1e";
+const TRACE_SLOT: &str = "10";
 
 /// A machine that is yet to be started.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
-    /// The script that the guest runs, by name.
-    pub(crate) script: String,
+    /// The script that the guest runs, by name; without one the firmware boots from a disk.
+    pub(crate) script: Option<String>,
     /// Further words of the kernel's command line.
     pub(crate) append: String,
     /// Further arguments of QEMU: devices and what they need.
     pub(crate) arguments: Vec<String>,
     pub(crate) processors: u32,
-    /// In MiB.
-    pub(crate) memory: u32,
     /// A reboot starts the guest anew; else it ends the machine.
     pub(crate) reboots: bool,
     pub(crate) limit: Duration,
@@ -47,14 +48,18 @@ impl Config {
     /// A machine of one processor that runs `script`.
     pub(crate) fn new(script: &str) -> Config {
         Config {
-            script: script.to_owned(),
+            script: Some(script.to_owned()),
             append: String::new(),
             arguments: Vec::new(),
             processors: 1,
-            memory: 256,
             reboots: false,
             limit: LIMIT,
         }
+    }
+
+    /// A machine whose firmware boots from a disk.
+    pub(crate) fn firmware() -> Config {
+        Config { script: None, ..Config::new("") }
     }
 
     /// Adds arguments of QEMU's.
@@ -112,19 +117,19 @@ impl Vm {
         }
 
         let mut command = hardware.qemu.command();
-        let memory = config.memory;
         command.args(["-M", "q35", "-accel", "tcg", "-nodefaults", "-display", "none", "-monitor", "none"]);
-        command.args(["-m", &memory.to_string(), "-smp", &config.processors.to_string()]);
-        command.arg("-object").arg(format!("memory-backend-memfd,id=ram,size={memory}M,share=on"));
+        command.args(["-m", &MEMORY.to_string(), "-smp", &config.processors.to_string()]);
+        command.arg("-object").arg(format!("memory-backend-memfd,id=ram,size={MEMORY}M,share=on"));
         command.args(["-machine", "memory-backend=ram"]);
         if !config.reboots {
             command.arg("-no-reboot");
         }
-        command.arg("-kernel").arg(&hardware.kernel.vmlinux).arg("-initrd").arg(hardware.initramfs);
-        command.arg("-append").arg(format!(
-            "console=ttyS0 quiet panic=-1 mitigations=off case={}{}",
-            config.script, config.append
-        ));
+        if let Some(script) = &config.script {
+            command.arg("-kernel").arg(&hardware.kernel.vmlinux).arg("-initrd").arg(hardware.initramfs);
+            let words =
+                format!("console=ttyS0 quiet panic=-1 mitigations=off case={script}{}", config.append);
+            command.arg("-append").arg(words);
+        }
         command.arg("-chardev").arg(format!("file,id=console,path={}", at("console.txt")));
         command.args(["-serial", "chardev:console"]);
         let socket = sockets.path().join("guest.sock");
@@ -260,6 +265,11 @@ impl Vm {
     /// What the kernel has printed.
     pub(crate) fn console(&self) -> String {
         self.text("console.txt")
+    }
+
+    /// What QEMU itself has said.
+    pub(crate) fn log(&self) -> String {
+        self.text("qemu.log")
     }
 
     /// What the guest has recorded.

@@ -2,6 +2,7 @@
 
 use std::num::NonZeroU64;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -21,7 +22,8 @@ pub(crate) enum Command {
     /// The translations and notifications that the history records are compared with theirs, and all of them are
     /// audited every 1000 operations.
     ///
-    /// With --model virtio-iommu each operation is a request to a device, whose status and used length are checked too.
+    /// With --model virtio-iommu each operation is a request to a device, whose status and used length are checked too;
+    /// with --model spapr-tce each map and unmap is a hypercall, whose return code is checked.
     ///
     /// Exit status: 0 all agree, 1 something differs, 2 the input cannot be read, or not be expressed by the model.
     Replay(Replay),
@@ -29,6 +31,14 @@ pub(crate) enum Command {
     Convert(Convert),
     /// Serves a virtio-iommu and devices behind it to a virtual machine monitor that speaks vfio-user
     Serve(crate::serve::args::Serve),
+    /// Shows the live state of what `viommu serve` serves
+    ///
+    /// Exit status: 0 shown, 2 nobody serves there.
+    Status(Status),
+    /// Has `viommu serve` take a device in, and prints what QEMU is to be told
+    Plug(Plug),
+    /// Has `viommu serve` give a device up, and prints what QEMU is to be told
+    Unplug(Unplug),
 }
 
 #[derive(Debug, Args)]
@@ -69,6 +79,50 @@ pub(crate) struct Convert {
     pub(crate) to: PathBuf,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct Status {
+    /// Where the sockets are
+    #[arg(long, value_name = "DIR")]
+    pub(crate) socket_dir: PathBuf,
+    /// Prints one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// With all mappings. Requests to a domain wait while its mappings are listed
+    #[arg(long)]
+    pub(crate) mappings: bool,
+    /// A screen that refreshes, until q, Esc or Ctrl-C
+    #[arg(long, conflicts_with_all = ["json", "mappings"])]
+    pub(crate) watch: bool,
+    /// Between two refreshes, 0.1 to 3600
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval, requires = "watch")]
+    pub(crate) interval: Duration,
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.1..=3600.0).contains(seconds));
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| "0.1 to 3600 seconds are expected".to_owned())
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Plug {
+    /// Where the sockets are
+    #[arg(long, value_name = "DIR")]
+    pub(crate) socket_dir: PathBuf,
+    /// The device, as in `viommu serve --endpoint`, at an address that is there for hotplug
+    #[arg(value_name = "BDF=DEVICE")]
+    pub(crate) endpoint: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Unplug {
+    /// Where the sockets are
+    #[arg(long, value_name = "DIR")]
+    pub(crate) socket_dir: PathBuf,
+    /// Where the device is
+    #[arg(value_name = "BDF")]
+    pub(crate) address: String,
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
     /// A table
@@ -85,6 +139,8 @@ pub(crate) enum Model {
     Direct,
     /// As requests that a driver writes into the ring of a virtio-iommu in guest memory; accesses go through memory
     VirtioIommu,
+    /// Maps and unmaps as hypercalls of a pseries guest, with a LIOBN for each domain
+    SpaprTce,
 }
 
 #[cfg(test)]
@@ -95,5 +151,13 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn an_interval_is_of_seconds_that_can_be_waited_for() {
+        assert_eq!(interval("0.5"), Ok(Duration::from_millis(500)));
+        for text in ["", "x", "0", "-1", "0.09", "3601", "inf", "NaN"] {
+            assert!(interval(text).is_err(), "{text}");
+        }
     }
 }

@@ -9,6 +9,7 @@ mod progress;
 mod replay;
 mod report;
 mod serve;
+mod status;
 
 use std::process::ExitCode;
 
@@ -25,6 +26,9 @@ fn main() -> ExitCode {
             serve::run(&args).map(|()| Verdict::Agrees).map_err(Into::into)
         }
         Command::Convert(args) => convert::run(&args).map(|()| Verdict::Agrees).map_err(Into::into),
+        Command::Status(args) => status::run(&args).map(|()| Verdict::Agrees),
+        Command::Plug(args) => status::plug(&args).map(|()| Verdict::Agrees),
+        Command::Unplug(args) => status::unplug(&args).map(|()| Verdict::Agrees),
     };
     match outcome {
         Ok(Verdict::Agrees) => ExitCode::SUCCESS,

@@ -38,7 +38,13 @@ pub(crate) fn run(args: &Replay) -> Result<Verdict, Box<dyn std::error::Error>> 
     let (mut count, mut error) = (0_u64, None);
     loop {
         match history.next() {
-            Ok(Some(entry)) => judge.take(&entry),
+            Ok(Some(entry)) => {
+                judge.take(&entry);
+                if let Some((line, what)) = judge.inexpressible() {
+                    let source = history.source();
+                    return Err(format!("{source}:{line}: {what}: use --model direct").into());
+                }
+            }
             Ok(None) => break,
             Err(why) => {
                 error = Some(why);

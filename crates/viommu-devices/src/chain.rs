@@ -5,9 +5,14 @@ use core::ops::Range;
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
+use crate::ring::DESCRIPTORS;
+
 /// The pieces of memory of all requests of a batch.
 #[derive(Debug, Default)]
-pub(crate) struct Places(Vec<(GuestAddress, u32)>);
+pub(crate) struct Places {
+    list: Vec<(GuestAddress, u32)>,
+    looked_at: usize,
+}
 
 /// Which of the [`Places`] are a request's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -25,19 +30,15 @@ pub(crate) struct Layout {
 impl Places {
     /// Forgets all.
     pub(crate) fn clear(&mut self) {
-        self.0.clear();
+        self.list.clear();
         // What a hostile driver blew up is not kept.
-        self.0.shrink_to(4096);
+        self.list.shrink_to(DESCRIPTORS);
+        self.looked_at = 0;
     }
 
-    /// How many there are.
-    pub(crate) fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Forgets those of the latest requests.
-    pub(crate) fn truncate(&mut self, len: usize) {
-        self.0.truncate(len);
+    /// Descriptors that were read, those of chains that are none too.
+    pub(crate) fn looked_at(&self) -> usize {
+        self.looked_at
     }
 
     /// Takes a chain apart; of more than `longest` descriptors, those of an indirect table too, it is none. Gives
@@ -47,15 +48,16 @@ impl Places {
         chain: DescriptorChain<&M>,
         longest: usize,
     ) -> Option<Layout> {
-        let start = self.0.len();
+        let start = self.list.len();
         let (mut turn, mut readable_bytes, mut writable_bytes) = (None, 0_u64, 0_u64);
         // Also where the first descriptor is none.
         let mut ended = false;
         for descriptor in chain.take(longest) {
             ended = !descriptor.has_next();
+            self.looked_at = self.looked_at.saturating_add(1);
             let bytes = u64::from(descriptor.len());
             if descriptor.is_write_only() {
-                turn.get_or_insert(self.0.len());
+                turn.get_or_insert(self.list.len());
                 writable_bytes = writable_bytes.saturating_add(bytes);
             } else if turn.is_some() {
                 ended = false;
@@ -64,14 +66,14 @@ impl Places {
                 readable_bytes = readable_bytes.saturating_add(bytes);
             }
             if bytes > 0 {
-                self.0.push((descriptor.addr(), descriptor.len()));
+                self.list.push((descriptor.addr(), descriptor.len()));
             }
         }
         if !ended {
-            self.0.truncate(start);
+            self.list.truncate(start);
             return None;
         }
-        let end = self.0.len();
+        let end = self.list.len();
         let turn = turn.unwrap_or(end);
         Some(Layout { readable: start..turn, writable: turn..end, readable_bytes, writable_bytes })
     }
@@ -86,7 +88,7 @@ impl Places {
     ) -> impl Iterator<Item = (GuestAddress, Range<usize>)> {
         let mut skip = offset;
         let mut done = 0_usize;
-        self.0
+        self.list
             .get(places.clone())
             .unwrap_or_default()
             .iter()

@@ -7,6 +7,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
 /// Requests of one batch.
 pub(crate) const BATCH: usize = 64;
+/// Descriptors of a batch, of chains that are none too: with them, it has been filled.
+pub(crate) const DESCRIPTORS: usize = 4096;
 
 /// What one call of a device's `process` did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,12 +60,16 @@ pub(crate) fn take<'m, M: GuestMemory>(
     mut each: impl FnMut(DescriptorChain<&'m M>) -> Verdict,
 ) -> Result<bool, QueueError> {
     let there = queue.avail_idx(memory, Ordering::Acquire)?.0.wrapping_sub(queue.next_avail());
+    let size = queue.size();
     let mut chains = queue.iter(memory)?;
     for seen in 0..BATCH {
         let Some(chain) = chains.next() else {
             // The iterator ends at an entry that it cannot read, too.
             return if seen < usize::from(there) { Err(QueueError::Unreadable) } else { Ok(false) };
         };
+        if chain.head_index() >= size {
+            return Err(virtio_queue::Error::InvalidDescriptorIndex.into());
+        }
         match each(chain) {
             Verdict::Taken => {}
             Verdict::Last => break,

@@ -7,13 +7,18 @@
 //!
 //! - [`Server`] has the socket, its one client, and the protocol.
 //! - [`Windows`] is the guest memory that the client gives: descriptors, mapped here, for as long as the client says.
+//! - [`PrivateListener`] is such a socket, for others too.
 //! - [`Interrupts`] are raised on eventfds of the client's, [`Link::dma_write`] reaches its memory and its MSI doorbell.
 //! - [`pci`] has configuration space, [`spec`] what lies on the socket.
 //!
 //! # Who may do what
 //! A client is not trusted: what it sends is checked, and what is wrong costs its own connection. It is asked for memory
-//! that cannot shrink (sealed, as QEMU's `memory-backend-memfd` is): other memory would let it kill this process.
-//! Descriptors for interrupts must be eventfds.
+//! that cannot go away (sealed against shrinking, as QEMU's `memory-backend-memfd` is, and not of huge pages, which can
+//! run out): other memory would let it kill this process. Descriptors for interrupts must be eventfds. They are the
+//! client's all the same: one that makes them blocking again, and full, holds up its own function.
+//!
+//! A client may take up descriptors of this process: an eventfd for each interrupt, and a file for each piece of memory
+//! ([`WindowLimits::files`]). Who serves many sockets raises the limit of descriptors (`RLIMIT_NOFILE`).
 //!
 //! # Threads
 //! [`Server::run`] serves on the thread it is called on; the crate starts none.
@@ -33,6 +38,17 @@
 )]
 
 mod function;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+#[cfg_attr(
+    not(test),
+    expect(
+        clippy::arithmetic_side_effects,
+        clippy::indexing_slicing,
+        reason = "what it plays with is its own; a panic is what it is for"
+    )
+)]
+pub mod fuzzing;
 mod log;
 pub mod memory;
 pub mod pci;
@@ -42,5 +58,5 @@ pub mod virtio;
 
 pub use function::{Doorbell, Function, Region};
 pub use memory::{WindowLimits, Windows};
-pub use server::{BindError, Interrupts, Link, Server, Stopper};
+pub use server::{BindError, Interrupts, Link, PrivateListener, Server, Stopper};
 pub use virtio::{Device, VirtioFunction};

@@ -108,6 +108,7 @@ pub mod fdt;
     )
 )]
 pub mod fuzzing;
+mod journal;
 mod log;
 mod metrics;
 mod queue;
@@ -130,5 +131,6 @@ pub use device::{
     SavedMember, TopologyError, VirtioIommu,
 };
 pub use events::{EventLimits, EventQueue, RecentFault};
+pub use journal::{Entry, Journal};
 pub use metrics::Metrics;
 pub use queue::{PendingError, QueueError, RequestQueue};

@@ -71,6 +71,21 @@ impl Backing {
             .take_while(move |e| e.range.start() <= range.last())
     }
 
+    /// Whether every byte of `range` lies in an extent.
+    pub(crate) fn holds(&self, range: GpaRange) -> bool {
+        let mut next = Some(range.start());
+        for extent in self.over(range) {
+            if next.is_none_or(|next| !extent.range.contains(next)) {
+                return false;
+            }
+            if extent.range.last() >= range.last() {
+                return true;
+            }
+            next = extent.range.next();
+        }
+        false
+    }
+
     /// The extent that holds `gpa`.
     #[inline]
     pub(crate) fn at(&self, gpa: Gpa) -> Option<&Extent> {
@@ -161,6 +176,18 @@ mod tests {
         assert!(b.add(ram(0x5000, u64::MAX)));
         let starts: Vec<u64> = b.over(GpaRange::ALL).map(|e| e.range.start().0).collect();
         assert_eq!(starts, [0, 0x4000, 0x5000]);
+    }
+
+    #[test]
+    fn holds_when_there_is_no_gap() {
+        let mut b = Backing::default();
+        b.add(ram(0x1000, 0x1fff));
+        b.add(ram(0x2000, 0x3fff));
+        b.add(ram(0x5000, u64::MAX));
+        let holds = |start, last| b.holds(GpaRange::new(Gpa(start), Gpa(last)).unwrap());
+        assert!(holds(0x1800, 0x2fff) && holds(0x1000, 0x3fff) && holds(0x6000, u64::MAX));
+        assert!(!holds(0xfff, 0x1000) && !holds(0x3fff, 0x5000) && !holds(0x4000, 0x4fff));
+        assert!(!holds(0, u64::MAX));
     }
 
     #[test]

@@ -30,7 +30,7 @@ struct Totals {
 #[repr(align(4096))]
 struct Block([u8; BLOCK]);
 
-/// Writes and reads back until each thread has done its writes or time is up (a zero is no limit). Thread `t` has the
+/// The lines for the host begin with `name`. Writes and reads back until each thread has done its writes or time is up (a zero is no limit). Thread `t` has the
 /// seed `seed + t` and the blocks from `t * blocks` on.
 ///
 /// A refused request is counted and leaves the block's old or new content; content that is neither is an error.
@@ -38,7 +38,7 @@ struct Block([u8; BLOCK]);
 /// # Errors
 ///
 /// If a word is no number, the disk cannot be opened, or something else is read than was written.
-pub(crate) fn run(disk: &str, numbers: [&str; 5]) -> Result<(), Box<dyn Error>> {
+pub(crate) fn run(name: &str, disk: &str, numbers: [&str; 5]) -> Result<(), Box<dyn Error>> {
     let mut parsed = [0; 5];
     for (number, text) in parsed.iter_mut().zip(numbers) {
         *number = text.parse::<u64>().map_err(|error| format!("{text:?}: {error}"))?;
@@ -54,7 +54,7 @@ pub(crate) fn run(disk: &str, numbers: [&str; 5]) -> Result<(), Box<dyn Error>> 
                 scope.spawn(move || {
                     let pattern = Pattern::new(seed + thread, blocks);
                     let mut worker =
-                        Worker { thread, file, pattern, last: HashMap::new(), torn: HashSet::new() };
+                        Worker { name, thread, file, pattern, last: HashMap::new(), torn: HashSet::new() };
                     worker.run(writes, until, totals)
                 })
             })
@@ -65,7 +65,7 @@ pub(crate) fn run(disk: &str, numbers: [&str; 5]) -> Result<(), Box<dyn Error>> 
     });
     let count = |total: &AtomicU64| total.load(Ordering::Relaxed);
     println!(
-        "@@LOAD writes {} reads {} flushes {} errors {}",
+        "@@LOAD {name} writes {} reads {} flushes {} errors {}",
         count(&totals.writes),
         count(&totals.reads),
         count(&totals.flushes),
@@ -76,6 +76,7 @@ pub(crate) fn run(disk: &str, numbers: [&str; 5]) -> Result<(), Box<dyn Error>> 
 
 /// One thread's part of the disk.
 struct Worker<'a> {
+    name: &'a str,
     thread: u64,
     file: &'a File,
     pattern: Pattern,
@@ -114,7 +115,7 @@ impl Worker<'_> {
                         totals.flushes.fetch_add(1, Ordering::Relaxed);
                         // The host looks for the last of these lines.
                         if told.elapsed() > Duration::from_millis(50) {
-                            println!("@@FLUSHED {} {write}", self.thread);
+                            println!("@@FLUSHED {} {} {write}", self.name, self.thread);
                             told = Instant::now();
                         }
                     }
@@ -126,6 +127,8 @@ impl Worker<'_> {
     }
 
     fn check(&self, number: u64, block: &mut Block, totals: &Totals) -> Result<(), String> {
+        // What a read leaves undone must not pass for what was there before.
+        block.0.fill(0xff);
         if let Err(error) = self.file.read_exact_at(&mut block.0, self.place(number)) {
             return self.refused(&error, totals);
         }
@@ -137,10 +140,13 @@ impl Worker<'_> {
                 found == Some(last) || found.is_some_and(|write| write > last && self.torn.contains(&write));
             // A disk that was written to in an earlier run has that run's writes.
             if !right && last != 0 {
-                return Err(format!(
-                    "thread {} block {number} sector {index}: expected write {last}, found {found:?}",
-                    self.thread
-                ));
+                let what = format!(
+                    "{} thread {} block {number} sector {index}: expected write {last}, found {found:?}",
+                    self.name, self.thread
+                );
+                // At once: other threads may never end.
+                println!("@@FAIL {what}");
+                return Err(what);
             }
         }
         Ok(())

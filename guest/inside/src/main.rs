@@ -1,5 +1,6 @@
 //! What runs inside the guests of the live tests, where a shell does not do.
 
+mod kexec;
 mod load;
 mod memory;
 mod vfio;
@@ -7,16 +8,17 @@ mod virtio;
 
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: inside probe BDF GROUP | load DISK SEED THREADS BLOCKS WRITES SECONDS";
+const USAGE: &str = "usage: inside probe BDF GROUP | load NAME DISK SEED THREADS BLOCKS WRITES SECONDS | kexec KERNEL INITRAMFS WORDS";
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let result = match words[..] {
         ["probe", bdf, group] => virtio::probe(bdf, group),
-        ["load", disk, seed, threads, blocks, writes, seconds] => {
-            load::run(disk, [seed, threads, blocks, writes, seconds])
+        ["load", name, disk, seed, threads, blocks, writes, seconds] => {
+            load::run(name, disk, [seed, threads, blocks, writes, seconds])
         }
+        ["kexec", kernel, initramfs, words] => kexec::run(kernel, initramfs, words),
         _ => Err(USAGE.into()),
     };
     match result {

@@ -47,8 +47,12 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
 
     let config = Config::new("probe").append(PLACES).arguments(devices(&disk));
     let mut vm = run.start(&config, "probe")?;
-    vm.wait("DONE")?;
+    vm.wait("PROBED")?;
     vm.wait_console("page fault from EP 24 at 0x800000")?;
+    vm.tell("go")?;
+    vm.wait("KERNEL_AGAIN")?;
+    vm.tell("go")?;
+    vm.wait("DONE")?;
     vm.wait_end()?;
     Ok(format!("{} maps and {} unmaps", replayed.maps, replayed.unmaps))
 }

@@ -16,6 +16,7 @@ echo 0000:$rng > $(pci $rng)/driver/unbind
 echo 0000:$rng > /sys/bus/pci/drivers_probe
 inside probe 0000:$rng $(group_of $rng) || fail "probe"
 say PROBED
+listen
 
 echo > $(pci $rng)/driver_override
 echo 0000:$rng > $(pci $rng)/driver/unbind
@@ -23,3 +24,4 @@ echo 0000:$rng > /sys/bus/pci/drivers_probe
 until_true [ -e $(pci $rng)/driver ] || fail "the kernel's driver does not come back"
 [ "$(random)" = 1024 ] || fail "no random numbers after user space had the device"
 say KERNEL_AGAIN
+listen

@@ -16,6 +16,8 @@ pub(crate) struct Kernel {
     pub(crate) name: String,
     /// The whole: 6.12.107+deb13-amd64.
     pub(crate) release: String,
+    /// The image as it is in the package.
+    pub(crate) image: PathBuf,
     /// The image as an ELF file, which QEMU starts without the guest's having to unpack it.
     pub(crate) vmlinux: PathBuf,
     /// The folder with modules.builtin and kernel/.
@@ -38,14 +40,14 @@ impl Kernel {
         };
         let vmlinux = cache.join(format!("vmlinux-{release}"));
         if !is_newer(&vmlinux, image) {
-            let image = fs::read(image).with_context(|| image.display().to_string())?;
-            let unpacked = vmlinux::unpack(&image).with_context(|| format!("kernel {release}"))?;
+            let packed = fs::read(image).with_context(|| image.display().to_string())?;
+            let unpacked = vmlinux::unpack(&packed).with_context(|| format!("kernel {release}"))?;
             let part = cache.join(format!("vmlinux-{release}.part"));
             fs::write(&part, unpacked).with_context(|| part.display().to_string())?;
             fs::rename(&part, &vmlinux)?;
         }
         let name: Vec<&str> = release.splitn(3, ['.', '-', '+']).take(2).collect();
-        Ok(Kernel { name: name.join("."), release: release.clone(), vmlinux, modules })
+        Ok(Kernel { name: name.join("."), release: release.clone(), image: image.clone(), vmlinux, modules })
     }
 }
 

@@ -278,8 +278,9 @@ impl Judge {
     }
 
     pub(super) fn endpoint_removed(&mut self, endpoint: u32) {
+        // No operation of the guest's does that, but for a reset, after which it is nowhere.
         if let Some(Place::In(domain)) = self.endpoints.get(&endpoint).map(|ep| ep.place) {
-            self.detached(domain, endpoint);
+            self.leave(endpoint, domain);
         }
     }
 

@@ -147,6 +147,7 @@ impl Judge {
                 return Err(why.into());
             }
             Model::VirtioIommu => Guest::virtio(Virtio::new()?),
+            Model::SpaprTce => Guest::direct(Direct::with_tces(may_cut)?),
         };
         Ok(Self {
             guest,
@@ -180,6 +181,11 @@ impl Judge {
                 self.settle_or(added, "memory");
             }
         }
+    }
+
+    /// What the model has no way to say, once the history has asked for it: with the line of the operation.
+    pub(crate) fn inexpressible(&self) -> Option<(u64, &str)> {
+        Some((self.op.line, self.guest.inexpressible()?))
     }
 
     /// What the model itself finds wrong.

@@ -88,6 +88,12 @@ pub(crate) fn page(s: &Summary) -> String {
 
 /// What went through a device.
 fn model(out: &mut Page, s: &Summary) {
+    if let Some(tables) = &s.model.tables {
+        out.title(s.model.name);
+        for line in &tables.codes {
+            out.row(line.hypercall, &format!("{} {}", line.count, line.code));
+        }
+    }
     let Some(d) = &s.model.device else { return };
     out.title(s.model.name);
     for line in &d.statuses {

@@ -8,14 +8,15 @@ mod hush;
 mod machine;
 pub(crate) mod options;
 pub(crate) mod qemu;
+pub(crate) mod record;
 pub(crate) mod snapshot;
-pub(crate) mod socket;
 mod times;
 pub(crate) mod viot;
 
 use std::io::{self, Write};
 use std::sync::Arc;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -33,16 +34,24 @@ pub(crate) fn run(args: &Serve) -> Result<(), String> {
     let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|why| why.to_string())?;
     let plan = ServePlan::new(args).map_err(|why| why.to_string())?;
     qemu::check(&plan).map_err(|why| why.to_string())?;
+    allow_descriptors();
     let path = plan.control_socket();
     let machine = Arc::new(Machine::start(plan).map_err(|why| why.to_string())?);
     let plan = machine.plan();
     viot::write(plan).map_err(|why| format!("{}: {why}", plan.table_file().display()))?;
-    let control = Control::start(&path, machine.clone());
-    let control = control.map_err(|why| format!("{}: {why}", path.display()))?;
+    let control = Control::start(&path, machine.clone()).map_err(|why| why.to_string())?;
     tell(plan).map_err(|why| format!("standard output: {why}"))?;
     let _signal = signals.forever().next();
     control.stop();
     machine.stop().map_err(|lost| lost.join("; "))
+}
+
+/// Windows and queues have descriptors; the usual soft limit is for programs that use select.
+fn allow_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(why) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!("the limit of descriptors stays as it is: {why}");
+    }
 }
 
 /// Says what is served, and how a guest gets it.

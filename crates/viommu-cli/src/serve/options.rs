@@ -257,6 +257,7 @@ fn iommu_plan(args: &Serve) -> Result<IommuPlan, OptionError> {
             ("--page-sizes", args.page_sizes.is_some()),
             ("--aperture", args.aperture.is_some()),
             ("--reserved", !args.reserved.is_empty()),
+            ("--record", args.record.is_some()),
         ];
         if let Some((option, _)) = of_virtio.into_iter().find(|(_, given)| *given) {
             return Err(refused(option, "", "it is an option of the virtio-iommu"));

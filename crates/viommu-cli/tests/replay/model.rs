@@ -1,6 +1,7 @@
 //! Through a device model it comes to the same.
 
 use std::collections::BTreeSet;
+use std::io::Read;
 
 use crate::common::qemu::{MMIO, READ, WRITE};
 use crate::common::{num, replay, viommu, without_model};
@@ -109,6 +110,101 @@ fn a_device_comes_to_the_same_where_the_log_does_otherwise() {
     }
     assert_eq!(num(model, "/events"), qemu.counts.fault);
     assert_eq!((num(model, "/bypass_writes"), num(model, "/resets")), (1, 1));
+}
+
+#[test]
+fn tce_tables_come_to_the_same_in_the_built_in_history() {
+    for args in [
+        &[][..],
+        &["--fail-map", "10"],
+        &["--fail-unmap", "50"],
+        &["--fail-map", "7", "--fail-unmap", "13", "--unfence"],
+        &["--limit-entries", "10"],
+    ] {
+        let with = |model: &str| {
+            let all: Vec<&str> = ["replay", "--format=json", "--model", model]
+                .into_iter()
+                .chain(args.iter().copied())
+                .collect();
+            let run = viommu(&all, b"");
+            assert_eq!(run.status, 0, "{all:?}: {}", run.err);
+            run.json()
+        };
+        let (direct, tables) = (with("direct"), with("spapr-tce"));
+        assert_eq!(without_model(direct.clone()), without_model(tables.clone()), "{args:?}");
+        assert_eq!(tables["model"]["name"], "spapr-tce");
+        let answers = |calls: &[&str], code: &str| -> u64 {
+            let lines = tables["model"]["codes"].as_array().unwrap().iter();
+            let wanted = |l: &&Value| calls.iter().any(|call| l["hypercall"] == *call) && l["code"] == code;
+            lines.filter(wanted).map(|l| num(l, "/count")).sum()
+        };
+        let puts = ["H_PUT_TCE", "H_PUT_TCE_INDIRECT", "H_STUFF_TCE"];
+        let (done, refused) = (answers(&puts, "H_SUCCESS"), answers(&puts, "H_RESOURCE"));
+        assert_eq!(answers(&puts, "H_PARAMETER") + answers(&puts, "H_HARDWARE"), 0);
+        if args.is_empty() {
+            // One hypercall for each, and two reads of what it came to.
+            assert_eq!(done, num(&direct, "/history/map") + num(&direct, "/history/unmap"));
+            assert_eq!(answers(&["H_GET_TCE"], "H_SUCCESS"), 2 * done);
+            assert!(answers(&["H_PUT_TCE_INDIRECT"], "H_SUCCESS") > 500);
+        }
+        assert!(refused <= num(&direct, "/history/refused_here"));
+        assert_eq!(refused > 0, args.contains(&"--fail-map") || args.contains(&"--limit-entries"));
+    }
+}
+
+#[test]
+fn tce_tables_come_to_the_same_in_a_linux_trace_without_its_largest_maps() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../viommu-trace/testdata/linux-dma.trace.xz");
+    let mut text = String::new();
+    let file = std::io::BufReader::new(std::fs::File::open(path).unwrap());
+    lzma_rust2::XzReader::new(file, true).read_to_string(&mut text).unwrap();
+    let too_large = replay(&text, &["--model", "spapr-tce"]);
+    assert_eq!((too_large.status, too_large.err.contains("one list")), (2, true), "{}", too_large.err);
+
+    let size = |line: &str| line.split_once(" map: ")?.1.split_once("size=")?.1.trim().parse::<u64>().ok();
+    let small: String =
+        text.split_inclusive('\n').filter(|line| size(line).is_none_or(|size| size <= 512 << 12)).collect();
+    let (direct, tables) = (replay(&small, &[]), replay(&small, &["--model", "spapr-tce"]));
+    assert_eq!((direct.status, tables.status), (0, 0), "{}{}", direct.err, tables.err);
+    assert_eq!(without_model(direct.json()), without_model(tables.json()));
+    assert!(num(&direct.json(), "/history/map") > 700);
+}
+
+#[test]
+fn what_tces_have_no_word_for_ends_the_replay_and_is_said() {
+    type Make = fn(&mut crate::common::qemu::Qemu);
+    let cases: [(&str, Make); 7] = [
+        ("device registers", |q| {
+            q.map(1, 0x10_0000, 0x10_0fff, 0x9000, RW | MMIO);
+        }),
+        ("without access", |q| {
+            q.map(1, 0x10_0000, 0x10_0fff, 0x9000, 0);
+        }),
+        ("not whole pages", |q| {
+            q.map(1, 0x10_0000, 0x10_0009, 0x9000, RW);
+        }),
+        ("more pages than one list", |q| {
+            q.map(1, 0x10_0000, 0x10_0000 + (513 << 12) - 1, 0x9000, RW);
+        }),
+        ("replaced", |q| {
+            q.map(1, 0x1000, 0x1fff, 0x9_9000, RW);
+        }),
+        ("cut a mapping", |q| {
+            q.map(1, 0x10_0000, 0x10_1fff, 0x9000, RW);
+            q.unmap(1, 0x10_0000, 0x10_0fff);
+        }),
+        ("not whole pages", |q| {
+            q.unmap(1, 0x20_0000, 0x20_0009);
+        }),
+    ];
+    for (what, make) in cases {
+        let mut qemu = small();
+        make(&mut qemu);
+        assert_eq!(replay(&qemu.log, &[]).status, 0, "{what}");
+        let run = replay(&qemu.log, &["--model", "spapr-tce"]);
+        assert_eq!((run.status, run.out.as_str()), (2, ""), "{what}: {}", run.err);
+        assert!(run.err.contains(what) && run.err.contains("--model direct"), "{what}: {}", run.err);
+    }
 }
 
 #[test]

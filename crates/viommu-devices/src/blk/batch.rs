@@ -18,15 +18,13 @@ use crate::ring::{self, Processed, QueueError, Verdict};
 
 /// Data of a batch, and of one piece of a larger request: with it, a batch has been filled.
 const BATCH_BYTES: usize = 1 << 20;
-/// Descriptors of a batch: with them, a batch has been filled.
-const BATCH_PLACES: usize = 4096;
 
 /// What is to be done for a request. Offsets and lengths are in bytes, and lie on the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Task {
     /// Nothing more: this is the answer.
     Answer(Status),
-    /// It is given back with nothing said.
+    /// It cannot be answered, and is not given back.
     Nothing,
     Read {
         at: u64,
@@ -140,7 +138,6 @@ impl Batch {
         chain: DescriptorChain<&M>,
         longest: usize,
     ) -> Verdict {
-        let (places, used) = (self.places.len(), self.used);
         let head = chain.head_index();
         let layout = self.places.take(chain, longest).filter(|layout| layout.writable_bytes > 0);
         let job = match layout {
@@ -157,12 +154,11 @@ impl Batch {
         };
         let slow = job.task.is_slow();
         if slow && !self.jobs.is_empty() {
-            self.places.truncate(places);
-            self.used = used;
+            // What was read of it goes with the batch.
             return Verdict::PutBack;
         }
         self.jobs.push(job);
-        if slow || self.used >= BATCH_BYTES || self.places.len() >= BATCH_PLACES {
+        if slow || self.used >= BATCH_BYTES || self.places.looked_at() >= ring::DESCRIPTORS {
             Verdict::Last
         } else {
             Verdict::Taken
@@ -287,7 +283,7 @@ impl Batch {
 
     /// Copies what the driver wrote behind the header, all at once: nothing of it is read a second time.
     fn fetch<M: GuestMemory>(&mut self, memory: &M, job: &mut Job, bytes: usize) -> bool {
-        let used = self.used;
+        // Also where this fails it is work that was done under the guard, so it stays counted.
         let range = self.reserve(bytes);
         let fetched = self
             .data
@@ -295,8 +291,6 @@ impl Batch {
             .is_some_and(|data| self.places.read(memory, &job.layout.readable, HEADER_BYTES_U64, data));
         if fetched {
             job.data = range;
-        } else {
-            self.used = used;
         }
         fetched
     }
@@ -349,7 +343,9 @@ impl Batch {
         memory: &M,
     ) -> Result<Processed, QueueError> {
         let Self { jobs, places, data, more, .. } = self;
-        let answers = jobs.iter_mut().map(|job| (job.head, answer(blk, job, places, data, memory)));
+        // Without a status of ours, the driver would find an old one of its own: such a request stays with the device.
+        let answers =
+            jobs.iter_mut().filter_map(|job| Some((job.head, answer(blk, job, places, data, memory)?)));
         ring::give(queue, memory, answers, *more)
     }
 }
@@ -365,11 +361,12 @@ fn segments_of(data: &[u8], range: &Range<usize>) -> impl Iterator<Item = Segmen
     data.chunks_exact(SEGMENT_BYTES).filter_map(|bytes| Segment::read_from_bytes(bytes).ok())
 }
 
-/// Writes the answer to one request; gives the bytes written, from the first one on without a gap.
-fn answer<M: GuestMemory>(blk: &Blk, job: &mut Job, places: &Places, data: &[u8], memory: &M) -> u32 {
+/// Writes the answer to one request; gives the bytes written, from the first one on without a gap. `None`: it has no
+/// status.
+fn answer<M: GuestMemory>(blk: &Blk, job: &mut Job, places: &Places, data: &[u8], memory: &M) -> Option<u32> {
     if job.task == Task::Nothing {
         blk.counters.unanswered();
-        return 0;
+        return None;
     }
     let mut bytes = match &job.task {
         Task::LongWrite { len, .. } => *len,
@@ -390,11 +387,11 @@ fn answer<M: GuestMemory>(blk: &Blk, job: &mut Job, places: &Places, data: &[u8]
     let status = job.status.byte();
     if !places.write(memory, &job.layout.writable, job.room(), &[status]) {
         blk.counters.unanswered();
-        return 0;
+        return None;
     }
     blk.counters.answered(job.kind, job.status, bytes);
     let written = if job.delivered == job.room() { job.delivered.saturating_add(1) } else { job.delivered };
-    u32::try_from(written).unwrap_or(u32::MAX)
+    Some(u32::try_from(written).unwrap_or(u32::MAX))
 }
 
 /// The pieces of a request of `len` bytes: where they begin, and how long they are.

@@ -36,7 +36,7 @@ pub struct Metrics {
     pub ids: Answers,
     /// Answers to requests of no known kind, and to those whose header cannot be read.
     pub others: Answers,
-    /// Requests given back with nothing said: they are no chain, or their status could not be written.
+    /// Requests that the driver does not get back: they are no chain, or their status could not be written.
     pub unanswered: u64,
     /// Bytes that drivers read.
     pub bytes_read: u64,

@@ -283,8 +283,8 @@ fn id_of(options: &BlkOptions) -> Result<[u8; ID_BYTES], OpenError> {
 }
 
 fn config_of(size: u64, block: u64, options: &BlkOptions) -> Config {
-    // What is no power of two, or larger than a page table's page, is no block that a guest could use.
-    let block = if block.is_power_of_two() { block.clamp(SECTOR, 1 << 20) } else { SECTOR };
+    // Network file systems name what they like to transfer; guests make no file system with blocks larger than a page.
+    let block = if block.is_power_of_two() { block.clamp(SECTOR, 4096) } else { SECTOR };
     let sectors = block.checked_div(SECTOR).unwrap_or(1);
     Config {
         capacity: U64::new(size.checked_div(SECTOR).unwrap_or(0)),

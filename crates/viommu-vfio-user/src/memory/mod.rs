@@ -2,14 +2,14 @@
 
 mod window;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestRegionCollection};
 
 use crate::spec::DmaFlags;
-use window::Latch;
+use window::{Latch, identity};
 
 pub use window::{PAGE, Region, WindowError};
 
@@ -21,14 +21,19 @@ pub type Memory = GuestRegionCollection<Region>;
 pub struct WindowLimits {
     /// Windows at a time. Each costs a mapping of this process, of which Linux allows 65530 in all by default.
     pub windows: usize,
-    /// Also take memory that is not sealed against shrinking. A client that shrinks it kills this process: only for
+    /// Files that they lie in. Each costs a descriptor of this process.
+    pub files: usize,
+    /// Bytes of them all. They cost addresses of this process, of which it has 128 TiB in all on most machines.
+    pub bytes: u64,
+    /// Also take memory that can go away under our hands: files that are not sealed against shrinking, and huge pages,
+    /// of which there may be none when one is touched. A client that lets that happen kills this process: only for
     /// clients that are trusted.
     pub allow_unsealed: bool,
 }
 
 impl Default for WindowLimits {
     fn default() -> Self {
-        Self { windows: 4096, allow_unsealed: false }
+        Self { windows: 4096, files: 256, bytes: 1 << 43, allow_unsealed: false }
     }
 }
 
@@ -49,8 +54,32 @@ struct Shared {
     books: Mutex<Books>,
 }
 
-/// Start to bytes, and what says that it is gone; none where there is no memory.
-type Books = BTreeMap<u64, (u64, Option<Latch>)>;
+#[derive(Debug, Default)]
+struct Books {
+    /// Start to bytes, and what says that it is gone; none where there is no memory.
+    windows: BTreeMap<u64, (u64, Option<Latch>)>,
+    /// Bytes of those with memory.
+    bytes: u64,
+    /// By device and inode: windows of one file share its descriptor.
+    files: HashMap<(u64, u64), Weak<File>>,
+}
+
+impl Books {
+    /// The file, or the one that is there already and is the same.
+    fn share(&mut self, file: File, most: usize) -> Result<Arc<File>, WindowError> {
+        let key = identity(&file)?;
+        if let Some(known) = self.files.get(&key).and_then(Weak::upgrade) {
+            return Ok(known);
+        }
+        self.files.retain(|_, file| file.strong_count() > 0);
+        if self.files.len() >= most {
+            return Err(WindowError::TooManyFiles(most));
+        }
+        let file = Arc::new(file);
+        self.files.insert(key, Arc::downgrade(&file));
+        Ok(file)
+    }
+}
 
 /// A window as the books have it. Its end is not included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +101,7 @@ impl Windows {
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
-        // Whole at any time: one insertion or removal is all that is done.
+        // Nothing that is done under this lock panics.
         self.0.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -84,7 +113,7 @@ impl Windows {
             size: *size,
             memory: latch.is_some(),
         };
-        self.books().iter().map(window).collect()
+        self.books().windows.iter().map(window).collect()
     }
 
     /// DMA_MAP: adds a window. Gives whether devices reach it.
@@ -109,26 +138,30 @@ impl Windows {
         let last = size.checked_sub(1).and_then(|bytes| address.checked_add(bytes));
         let last = last.filter(|_| pages).ok_or(WindowError::Unaligned)?;
         let mut books = self.books();
-        let below = books.range(..=last).next_back();
+        let below = books.windows.range(..=last).next_back();
         if below.is_some_and(|(start, (bytes, _))| start.saturating_add(bytes.saturating_sub(1)) >= address) {
             return Err(WindowError::Overlap);
         }
-        if books.len() >= self.0.limits.windows {
+        if books.windows.len() >= self.0.limits.windows {
             return Err(WindowError::TooMany(self.0.limits.windows));
         }
         let writable = flags.contains(DmaFlags::READ | DmaFlags::WRITE);
         let latch = match file.filter(|_| writable) {
             None => None,
             Some(file) => {
-                let allow = self.0.limits.allow_unsealed;
-                let (region, latch) = Region::map(file, offset, address, size, allow)?;
+                let WindowLimits { files, bytes, allow_unsealed, .. } = self.0.limits;
+                let total = books.bytes.checked_add(size).filter(|total| *total <= bytes);
+                let total = total.ok_or(WindowError::TooMuch(bytes))?;
+                let file = books.share(file, files)?;
+                let (region, latch) = Region::map(file, offset, address, size, allow_unsealed)?;
                 let added = self.0.memory.memory().insert_region(Arc::new(region));
                 self.replace(added.map_err(|_| WindowError::Overlap)?);
+                books.bytes = total;
                 Some(latch)
             }
         };
         let memory = latch.is_some();
-        books.insert(address, (size, latch));
+        books.windows.insert(address, (size, latch));
         Ok(Window { address, size, memory })
     }
 
@@ -140,9 +173,11 @@ impl Windows {
     pub fn unmap(&self, address: u64, size: u64, between: impl FnOnce(Window)) -> Result<(), WindowError> {
         let latch = {
             let mut books = self.books();
-            let known = books.get(&address).is_some_and(|(bytes, _)| *bytes == size);
-            let (_, latch) = known.then(|| books.remove(&address)).flatten().ok_or(WindowError::Unknown)?;
+            let known = books.windows.get(&address).is_some_and(|(bytes, _)| *bytes == size);
+            let gone = known.then(|| books.windows.remove(&address)).flatten();
+            let (_, latch) = gone.ok_or(WindowError::Unknown)?;
             if latch.is_some() {
+                books.bytes = books.bytes.saturating_sub(size);
                 let memory = self.0.memory.memory();
                 if let Ok((rest, region)) = memory.remove_region(vm_memory::GuestAddress(address), size) {
                     drop((memory, region));

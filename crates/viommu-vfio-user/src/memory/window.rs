@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use rustix::fs::{FileType, SealFlags, fcntl_get_seals, fstat};
+use rustix::fs::{FileType, SealFlags, fcntl_get_seals, fstat, fstatfs};
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::Result as MemoryResult;
 use vm_memory::mmap::MmapRegionError;
@@ -14,6 +14,9 @@ use vm_memory::{
 
 /// Bytes: what windows are made of.
 pub const PAGE: u64 = 4096;
+
+/// The file system of huge pages, also those of memfd_create (linux/magic.h).
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
 /// Why a window cannot be had. Nothing has changed then.
 #[derive(Debug, thiserror::Error)]
@@ -31,12 +34,21 @@ pub enum WindowError {
     /// There are as many windows as there may be.
     #[error("more than {0} windows")]
     TooMany(usize),
+    /// They lie in as many files as they may.
+    #[error("memory of more than {0} files")]
+    TooManyFiles(usize),
+    /// They have as many bytes as they may.
+    #[error("more than {0} bytes of memory")]
+    TooMuch(u64),
     /// The descriptor is not that of a file in memory.
     #[error("the descriptor is not memory")]
     NotMemory,
     /// The file could shrink under our hands, and an access would kill this process.
     #[error("the memory is not sealed against shrinking")]
     Unsealed,
+    /// There may be no huge page when an access wants one, and that would kill this process.
+    #[error("the memory is made of huge pages, which can run out")]
+    Huge,
     /// The window is not within the file.
     #[error("the window ends behind the file's end")]
     BehindEnd,
@@ -85,10 +97,16 @@ impl Latch {
     }
 }
 
+/// What no two files share: device and inode.
+pub(super) fn identity(file: &File) -> Result<(u64, u64), WindowError> {
+    let stat = fstat(file)?;
+    Ok((stat.st_dev, stat.st_ino))
+}
+
 impl Region {
     /// Maps `size` bytes of `file` from `offset` on, to be found at `address`.
     pub(super) fn map(
-        file: File,
+        file: Arc<File>,
         offset: u64,
         address: u64,
         size: u64,
@@ -104,13 +122,16 @@ impl Region {
             if !seals.contains(SealFlags::SHRINK) {
                 return Err(WindowError::Unsealed);
             }
+            if u64::try_from(fstatfs(&file)?.f_type) == Ok(HUGETLBFS_MAGIC) {
+                return Err(WindowError::Huge);
+            }
         }
         let end = offset.checked_add(size).ok_or(WindowError::BehindEnd)?;
         if u64::try_from(stat.st_size).ok().is_none_or(|bytes| end > bytes) {
             return Err(WindowError::BehindEnd);
         }
         let bytes = usize::try_from(size).map_err(|_| WindowError::BehindEnd)?;
-        let mapping = MmapRegion::from_file(FileOffset::new(file, offset), bytes)?;
+        let mapping = MmapRegion::from_file(FileOffset::from_arc(file, offset), bytes)?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(address)).ok_or(WindowError::Unaligned)?;
         let latch = Latch::default();
         Ok((Self { region, _gone: Gone(latch.clone()) }, latch))

@@ -9,40 +9,60 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use zerocopy::IntoBytes;
 
 use super::message;
+use super::version::MAX_TRANSFER;
 use crate::spec::{Command, DmaAccess, Header, MessageFlags};
 
 /// Sends to the client from any thread: messages are never mixed. A handle: clones are the same link.
 #[derive(Clone, Debug, Default)]
-pub struct Link(Arc<Mutex<Sending>>);
+pub struct Link(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// Not held while anything is sent: who hangs up on a client that does not read must not wait for it.
+    client: Mutex<Client>,
+    /// Held while a message is sent.
+    sending: Mutex<Sending>,
+}
+
+#[derive(Debug, Default)]
+struct Client {
+    stream: Option<Arc<UnixStream>>,
+    /// That there have been.
+    count: u64,
+}
 
 #[derive(Debug, Default)]
 struct Sending {
-    stream: Option<UnixStream>,
     /// For commands of ours. Replies carry the client's.
     id: u16,
     buffer: Vec<u8>,
-    clients: u64,
 }
 
 impl Link {
-    fn lock(&self) -> MutexGuard<'_, Sending> {
+    fn client(&self) -> MutexGuard<'_, Client> {
+        // Nothing panics under this lock.
+        self.0.client.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn sending(&self) -> MutexGuard<'_, Sending> {
         // A message that a panic has cut off would break the stream, and nothing panics in sending one.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.sending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn connect(&self, stream: UnixStream) {
-        let mut sending = self.lock();
-        let clients = sending.clients.wrapping_add(1);
-        *sending = Sending { stream: Some(stream), clients, ..Sending::default() };
+        let mut client = self.client();
+        client.count = client.count.wrapping_add(1);
+        client.stream = Some(Arc::new(stream));
     }
 
     pub(crate) fn disconnect(&self) {
-        self.lock().stream = None;
+        self.hang_up();
+        self.client().stream = None;
     }
 
-    /// Ends the connection, from any thread: who reads from it finds its end.
+    /// Ends the connection, from any thread: who reads from it finds its end, and who waits to write does not any more.
     pub(crate) fn hang_up(&self) {
-        if let Some(stream) = &self.lock().stream {
+        if let Some(stream) = &self.client().stream {
             // A connection that has ended already is what is wanted.
             let _ended = stream.shutdown(Shutdown::Both);
         }
@@ -51,19 +71,28 @@ impl Link {
     /// Whether there is a client.
     #[must_use]
     pub fn is_connected(&self) -> bool {
-        self.lock().stream.is_some()
+        self.client().stream.is_some()
     }
 
     /// Clients that there have been.
     #[must_use]
     pub fn clients(&self) -> u64 {
-        self.lock().clients
+        self.client().count
+    }
+
+    fn send(&self, header: &Header, payload: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let stream = self.client().stream.clone().ok_or(io::ErrorKind::NotConnected)?;
+        let sent = message::send(&stream, header, payload, fds);
+        if sent.is_err() {
+            // A part of the message may be on its way, and nothing makes sense behind it.
+            let _ended = stream.shutdown(Shutdown::Both);
+        }
+        sent
     }
 
     pub(crate) fn reply(&self, header: &Header, payload: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let sending = self.lock();
-        let stream = sending.stream.as_ref().ok_or(io::ErrorKind::NotConnected)?;
-        message::send(stream, header, payload, fds)
+        let _turn = self.sending();
+        self.send(header, payload, fds)
     }
 
     /// Writes `data` at `address` of the client's memory by VFIO_USER_DMA_WRITE, without waiting for a reply: the client
@@ -71,9 +100,13 @@ impl Link {
     /// for some seconds on a client that does not read.
     ///
     /// # Errors
-    /// There is no client, or it does not take the message.
+    /// There is no client, or it does not take the message: that ends its connection. Or there are more data than a
+    /// message may have (1 MiB).
     pub fn dma_write(&self, address: u64, data: &[u8]) -> io::Result<()> {
-        let mut sending = self.lock();
+        if data.len() > MAX_TRANSFER {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let mut sending = self.sending();
         sending.id = sending.id.wrapping_add(1);
         let count = u64::try_from(data.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
         let mut buffer = core::mem::take(&mut sending.buffer);
@@ -88,9 +121,69 @@ impl Link {
             flags: MessageFlags::NO_REPLY.bits().into(),
             error: 0.into(),
         };
-        let stream = sending.stream.as_ref().ok_or(io::ErrorKind::NotConnected)?;
-        let sent = message::send(stream, &header, &buffer, &[]);
+        let sent = self.send(&header, &buffer, &[]);
         sending.buffer = buffer;
         sent
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    fn linked() -> (Link, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let link = Link::default();
+        link.connect(ours);
+        (link, theirs)
+    }
+
+    #[test]
+    fn hang_up_when_somebody_waits_to_write_ends_the_waiting() {
+        let (link, _theirs) = linked();
+        let writer = link.clone();
+        let writer = thread::spawn(move || {
+            // Nobody reads, and no time-out is set.
+            while writer.dma_write(0x1000, &[0; 4096]).is_ok() {}
+        });
+        thread::sleep(Duration::from_millis(50));
+        assert!(!writer.is_finished());
+        link.hang_up();
+        writer.join().unwrap();
+        assert!(link.is_connected());
+        link.disconnect();
+        assert!(!link.is_connected());
+    }
+
+    #[test]
+    fn connection_when_a_message_was_cut_off_is_over() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_write_timeout(Some(Duration::from_millis(20))).unwrap();
+        let link = Link::default();
+        link.connect(ours);
+        let begin = Instant::now();
+        while link.dma_write(0, &[0; 65536]).is_ok() {}
+        assert!(begin.elapsed() < Duration::from_secs(5));
+        // What came is followed by the end, not by another message.
+        let mut all = Vec::new();
+        theirs.read_to_end(&mut all).unwrap();
+        assert!(link.dma_write(0, &[0]).is_err());
+    }
+
+    #[test]
+    fn dma_write_without_a_client_or_with_too_much_is_refused() {
+        let link = Link::default();
+        assert_eq!(link.dma_write(0, &[1]).unwrap_err().kind(), io::ErrorKind::NotConnected);
+        let (link, mut theirs) = linked();
+        let error = link.dma_write(0, &vec![0; MAX_TRANSFER + 1]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        link.dma_write(0, &[]).unwrap();
+        link.disconnect();
+        let mut all = Vec::new();
+        assert_eq!(theirs.read_to_end(&mut all).unwrap(), 32);
+        assert_eq!(link.clients(), 1);
     }
 }

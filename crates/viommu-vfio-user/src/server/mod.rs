@@ -2,23 +2,21 @@
 
 mod interrupts;
 mod link;
-mod message;
-mod session;
+mod listener;
+pub(crate) mod message;
+pub(crate) mod session;
 mod version;
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::fs::Mode;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 
 use crate::function::Function;
 use crate::memory::WindowLimits;
@@ -26,29 +24,16 @@ use session::{Outcome, Session};
 
 pub use interrupts::Interrupts;
 pub use link::Link;
+pub use listener::{BindError, PrivateListener};
 
 /// How long a message that has begun may take, and a client may take to read a reply, before it is given up.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A socket that cannot be had.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum BindError {
-    /// Somebody serves there.
-    #[error("{0}: another server is there")]
-    InUse(PathBuf),
-    /// Something is there that is no socket.
-    #[error("{0}: there is something, and it is no socket")]
-    NoSocket(PathBuf),
-    /// The kernel refuses.
-    #[error("{path}: {source}")]
-    Io {
-        /// The socket.
-        path: PathBuf,
-        /// What it says.
-        source: io::Error,
-    },
-}
+/// How long nobody is accepted after that has failed: what was lacking may be there by then.
+const REST: Duration = Duration::from_millis(100);
+
+/// Clients that are refused while another is there, and told of in the log.
+const REFUSALS: u32 = 3;
 
 /// Serves one function on one socket, to one client at a time.
 ///
@@ -58,11 +43,12 @@ pub enum BindError {
 #[derive(Debug)]
 pub struct Server<F> {
     function: F,
-    listener: UnixListener,
-    path: PathBuf,
+    listener: PrivateListener,
     link: Link,
     stop: Stopper,
     limits: WindowLimits,
+    /// When somebody can be accepted again.
+    rest: Option<Instant>,
 }
 
 /// Stops a server, from any thread; clones stop the same one.
@@ -97,22 +83,12 @@ impl<F: Function> Server<F> {
     /// # Errors
     /// See [`BindError`].
     pub fn bind(path: &Path, function: F, limits: WindowLimits) -> Result<Self, BindError> {
-        let failed = |source: io::Error| BindError::Io { path: path.into(), source };
-        clear_path(path)?;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
-        let socket = socket.map_err(|errno| failed(errno.into()))?;
-        let address = SocketAddrUnix::new(path).map_err(|errno| failed(errno.into()))?;
-        bind(&socket, &address).map_err(|errno| failed(errno.into()))?;
-        // Before it listens: nobody can connect in between.
-        let private = rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR);
-        private.and_then(|()| listen(&socket, 8)).map_err(|errno| failed(errno.into()))?;
-        let listener = UnixListener::from(socket);
-        listener.set_nonblocking(true).map_err(failed)?;
+        let listener = PrivateListener::bind(path)?;
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let event = event.map_err(|errno| failed(errno.into()))?;
+        let event = event.map_err(|errno| BindError::Io { path: path.into(), source: errno.into() })?;
         let link = Link::default();
         let stop = Stopper(Arc::new(Stop { asked: AtomicBool::new(false), event, link: link.clone() }));
-        Ok(Self { function, listener, path: path.into(), link, stop, limits })
+        Ok(Self { function, listener, link, stop, limits, rest: None })
     }
 
     /// To stop it, from another thread.
@@ -140,18 +116,32 @@ impl<F: Function> Server<F> {
     /// The listening socket fails; a client's failures are none.
     pub fn run(&mut self) -> io::Result<()> {
         while !self.stop.is_asked() {
-            let ready = wait(&self.listener, None, &self.stop, &self.function)?;
+            let ready = self.wait(None)?;
             self.events(&ready);
             if !ready.listener || self.stop.is_asked() {
                 continue;
             }
-            match self.listener.accept() {
-                Ok((stream, _)) => self.attend(stream),
-                Err(error) if is_passing(&error) => {}
-                Err(error) => return Err(error),
+            if let Some(stream) = self.accept()? {
+                self.attend(stream);
             }
         }
         Ok(())
+    }
+
+    /// Who waits to be served. `None`: nobody, or it cannot be done now.
+    fn accept(&mut self) -> io::Result<Option<UnixStream>> {
+        match self.listener.accept() {
+            Ok(stream) => Ok(Some(stream)),
+            Err(error) if is_one_of(&error, &[Errno::AGAIN, Errno::INTR, Errno::CONNABORTED]) => Ok(None),
+            Err(error) => {
+                // Who waits goes on waiting, and would wake us at once.
+                self.rest = Instant::now().checked_add(REST);
+                crate::log::not_accepted(self.listener.path(), &error);
+                is_one_of(&error, &[Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM])
+                    .then_some(None)
+                    .ok_or(error)
+            }
+        }
     }
 
     fn events(&mut self, ready: &Ready) {
@@ -161,14 +151,10 @@ impl<F: Function> Server<F> {
     /// One client, from its first message to its last.
     fn attend(&mut self, stream: UnixStream) {
         match self.converse(stream) {
-            Ok(why) => crate::log::ended(&self.path, &why),
-            Err(error) => crate::log::ended(&self.path, &error),
+            Ok(why) => crate::log::ended(self.listener.path(), &why),
+            Err(error) => crate::log::ended(self.listener.path(), &error),
         }
-        self.link.disconnect();
-        self.function.disconnected();
-        self.function.interrupts().clear();
-        let windows = self.function.windows().clone();
-        windows.clear(|window| self.function.unmapped(window));
+        clean(&mut self.function, &self.link);
     }
 
     fn converse(&mut self, stream: UnixStream) -> io::Result<&'static str> {
@@ -176,45 +162,94 @@ impl<F: Function> Server<F> {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         self.link.connect(stream.try_clone()?);
-        crate::log::connected(&self.path);
+        crate::log::connected(self.listener.path());
         self.function.connected(&self.link);
-        let mut session = Session::default();
+        let mut session = Session::new(self.limits.windows);
         let mut payload = Vec::new();
+        let mut refused = 0_u32;
         loop {
-            let ready = wait(&self.listener, Some(&stream), &self.stop, &self.function)?;
+            let ready = self.wait(Some(&stream))?;
             if self.stop.is_asked() {
                 return Ok("the server stops");
             }
             self.events(&ready);
-            if ready.listener {
-                // One client at a time: the connection ends here.
-                let second = self.listener.accept();
-                crate::log::second(&self.path, second.is_ok());
-            }
-            if !ready.client {
-                continue;
-            }
-            let message = match message::receive(&stream, session::MAX_PAYLOAD, &mut payload) {
-                Ok(Some(message)) => message,
-                Ok(None) => return Ok("the client has closed it"),
-                Err(error) => return Err(io::Error::other(error)),
-            };
-            match session.handle(&mut self.function, message, &payload, self.limits.windows) {
-                Outcome::Reply(header, files) => {
-                    self.link.reply(&header, session.payload(), &session::borrowed(&files))?;
+            // One client at a time: the connection of another ends here.
+            if ready.listener && matches!(self.accept(), Ok(Some(_))) {
+                refused = refused.saturating_add(1);
+                if refused <= REFUSALS {
+                    crate::log::second(self.listener.path());
                 }
-                Outcome::Silence => {}
-                Outcome::HangUp(why) => return Ok(why),
+            }
+            if ready.client
+                && let Some(why) =
+                    exchange(&mut self.function, &mut session, &self.link, &stream, &mut payload)?
+            {
+                return Ok(why);
             }
         }
     }
+
+    /// Until a client or an event comes, or somebody can be accepted again.
+    fn wait(&mut self, client: Option<&UnixStream>) -> io::Result<Ready> {
+        let rest = self.rest.map(|until| until.saturating_duration_since(Instant::now()));
+        let rest = rest.filter(|rest| !rest.is_zero());
+        if rest.is_none() {
+            self.rest = None;
+        }
+        let listener = rest.is_none().then_some(&self.listener);
+        let events = self.function.events();
+        let mut watched: Vec<BorrowedFd<'_>> = vec![self.stop.0.event.as_fd()];
+        watched.extend(events.iter().copied());
+        let after = watched.len();
+        watched.extend(client.map(AsFd::as_fd));
+        watched.extend(listener.map(AsFd::as_fd));
+        let mut polled: Vec<_> =
+            watched.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+        let most = rest.and_then(|rest| Timespec::try_from(rest).ok());
+        match poll(&mut polled, most.as_ref()) {
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok(Ready::default()),
+            Err(errno) => return Err(errno.into()),
+        }
+        let is_ready = |at: usize| polled.get(at).is_some_and(|fd| !fd.revents().is_empty());
+        Ok(Ready {
+            client: client.is_some() && is_ready(after),
+            listener: listener.is_some() && is_ready(after.saturating_add(usize::from(client.is_some()))),
+            events: (1..after).filter(|at| is_ready(*at)).map(|at| at.saturating_sub(1)).collect(),
+        })
+    }
 }
 
-impl<F> Drop for Server<F> {
-    fn drop(&mut self) {
-        // It may have been taken away by hand.
-        let _gone = fs::remove_file(&self.path);
+/// One message of a client, and the answer to it. Gives why the connection ends, if it does.
+pub(crate) fn exchange(
+    function: &mut impl Function,
+    session: &mut Session,
+    link: &Link,
+    stream: &UnixStream,
+    payload: &mut Vec<u8>,
+) -> io::Result<Option<&'static str>> {
+    let message = match message::receive(stream, session::MAX_PAYLOAD, PATIENCE, payload) {
+        Ok(Some(message)) => message,
+        Ok(None) => return Ok(Some("the client has closed it")),
+        Err(error) => return Err(io::Error::other(error)),
+    };
+    match session.handle(function, message, payload) {
+        Outcome::Reply(header, files) => {
+            link.reply(&header, session.payload(), &session::borrowed(&files))?;
+            Ok(None)
+        }
+        Outcome::Silence => Ok(None),
+        Outcome::HangUp(why) => Ok(Some(why)),
     }
+}
+
+/// After a client: nothing of it is left.
+pub(crate) fn clean(function: &mut impl Function, link: &Link) {
+    link.disconnect();
+    function.disconnected();
+    function.interrupts().clear();
+    let windows = function.windows().clone();
+    windows.clear(|window| function.unmapped(window));
 }
 
 /// Descriptors that can be read.
@@ -225,49 +260,6 @@ struct Ready {
     events: Vec<usize>,
 }
 
-fn wait(
-    listener: &UnixListener,
-    client: Option<&UnixStream>,
-    stop: &Stopper,
-    function: &impl Function,
-) -> io::Result<Ready> {
-    let events = function.events();
-    let mut watched: Vec<BorrowedFd<'_>> = vec![stop.0.event.as_fd(), listener.as_fd()];
-    watched.extend(events.iter().copied());
-    watched.extend(client.map(AsFd::as_fd));
-    let mut polled: Vec<_> = watched.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
-    match poll(&mut polled, None) {
-        Ok(_) => {}
-        Err(Errno::INTR) => return Ok(Ready::default()),
-        Err(errno) => return Err(errno.into()),
-    }
-    let is_ready = |at: usize| polled.get(at).is_some_and(|fd| !fd.revents().is_empty());
-    let first = 2_usize;
-    let behind = first.saturating_add(events.len());
-    Ok(Ready {
-        listener: is_ready(1),
-        client: client.is_some() && is_ready(behind),
-        events: (first..behind).filter(|at| is_ready(*at)).map(|at| at.saturating_sub(first)).collect(),
-    })
-}
-
-/// A client that was quicker to go than we to accept, or a want of descriptors: the next one may be served.
-fn is_passing(error: &io::Error) -> bool {
-    let passing = [Errno::AGAIN, Errno::INTR, Errno::CONNABORTED, Errno::MFILE, Errno::NFILE, Errno::NOBUFS];
-    passing.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
-}
-
-/// Removes a socket that nobody listens on.
-fn clear_path(path: &Path) -> Result<(), BindError> {
-    use std::os::unix::fs::FileTypeExt;
-    let Ok(there) = fs::symlink_metadata(path) else { return Ok(()) };
-    if !there.file_type().is_socket() {
-        return Err(BindError::NoSocket(path.into()));
-    }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(|source| BindError::Io { path: path.into(), source })
-        }
-        _ => Err(BindError::InUse(path.into())),
-    }
+fn is_one_of(error: &io::Error, errnos: &[Errno]) -> bool {
+    errnos.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }

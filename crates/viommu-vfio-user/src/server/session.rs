@@ -31,10 +31,14 @@ pub(crate) enum Outcome {
 }
 
 /// What is known of a client.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Session {
     /// None until it has said its version.
     client: Option<ClientCapabilities>,
+    /// Windows that it may have.
+    windows: usize,
+    /// Windows that were refused and told of.
+    told: u32,
     /// The payload of the reply.
     reply: Vec<u8>,
 }
@@ -42,7 +46,14 @@ pub(crate) struct Session {
 /// Files to send with a reply.
 type Files = Vec<Arc<OwnedFd>>;
 
+/// Windows that are refused and told of in the log: the first ones say what is wrong.
+const TOLD: u32 = 4;
+
 impl Session {
+    pub(crate) fn new(windows: usize) -> Self {
+        Self { client: None, windows, told: 0, reply: Vec::new() }
+    }
+
     /// The payload that belongs to the last [`Outcome::Reply`].
     pub(crate) fn payload(&self) -> &[u8] {
         &self.reply
@@ -54,7 +65,6 @@ impl Session {
         function: &mut impl Function,
         message: Received,
         payload: &[u8],
-        windows: usize,
     ) -> Outcome {
         let Received { header, fds } = message;
         let flags = MessageFlags::from_bits_retain(header.flags.get());
@@ -69,7 +79,7 @@ impl Session {
             return Outcome::HangUp("the first message was not VERSION");
         }
         self.reply.clear();
-        let result = self.execute(function, command, payload, fds, windows);
+        let result = self.execute(function, command, payload, fds);
         if let Err(errno) = &result {
             crate::log::refused(command.0, *errno);
         }
@@ -104,14 +114,13 @@ impl Session {
         command: Command,
         payload: &[u8],
         fds: Vec<OwnedFd>,
-        windows: usize,
     ) -> Result<Files, Errno> {
         if !fds.is_empty() && !matches!(command, Command::DMA_MAP | Command::DEVICE_SET_IRQS) {
             return Err(Errno::INVAL);
         }
         match command {
-            Command::VERSION => self.version(payload, windows)?,
-            Command::DMA_MAP => map(function, payload, fds)?,
+            Command::VERSION => self.version(payload)?,
+            Command::DMA_MAP => self.map(function, payload, fds)?,
             Command::DMA_UNMAP => self.unmap(function, payload)?,
             Command::DEVICE_GET_INFO => {
                 argsz(payload, size_of::<DeviceInfo>())?;
@@ -126,6 +135,7 @@ impl Session {
             Command::DEVICE_GET_REGION_IO_FDS => return self.io_fds(function, payload),
             Command::DEVICE_GET_IRQ_INFO => self.irq_info(function, payload)?,
             Command::DEVICE_SET_IRQS => {
+                argsz(payload, size_of::<IrqSet>())?;
                 let (set, data) = read::<IrqSet>(payload)?;
                 let action = IrqAction::from_bits_retain(set.flags.get());
                 let (index, start, count) = (set.index.get(), set.start.get(), set.count.get());
@@ -144,17 +154,39 @@ impl Session {
         self.reply.extend_from_slice(payload.as_bytes());
     }
 
-    fn version(&mut self, payload: &[u8], windows: usize) -> Result<(), Errno> {
+    fn version(&mut self, payload: &[u8]) -> Result<(), Errno> {
         if self.client.is_some() {
             return Err(Errno::INVAL);
         }
-        let (client, reply) = version::negotiate(payload, windows)?;
+        let (client, reply) = version::negotiate(payload, self.windows)?;
         self.client = Some(client);
         self.reply = reply;
         Ok(())
     }
 
+    fn map(&mut self, function: &mut impl Function, payload: &[u8], fds: Vec<OwnedFd>) -> Result<(), Errno> {
+        argsz(payload, size_of::<DmaMap>())?;
+        let (map, _) = read::<DmaMap>(payload)?;
+        let mut fds = fds.into_iter();
+        let file = fds.next().map(File::from);
+        if fds.next().is_some() {
+            return Err(Errno::INVAL);
+        }
+        let (offset, address, size) = (map.offset.get(), map.address.get(), map.size.get());
+        let window = function.windows().map(map.flags.get(), file, offset, address, size);
+        let window = window.map_err(|error| {
+            if self.told < TOLD {
+                self.told = self.told.saturating_add(1);
+                crate::log::window(address, size, &error, self.told == TOLD);
+            }
+            errno_of(error)
+        })?;
+        function.mapped(window);
+        Ok(())
+    }
+
     fn unmap(&mut self, function: &mut impl Function, payload: &[u8]) -> Result<(), Errno> {
+        argsz(payload, size_of::<DmaUnmap>())?;
         let (unmap, _) = read::<DmaUnmap>(payload)?;
         let (address, size) = (unmap.address.get(), unmap.size.get());
         let windows = function.windows().clone();
@@ -168,6 +200,7 @@ impl Session {
     }
 
     fn region_info(&mut self, function: &impl Function, payload: &[u8]) -> Result<(), Errno> {
+        argsz(payload, size_of::<RegionInfo>())?;
         let (asked, _) = read::<RegionInfo>(payload)?;
         let index = asked.index.get();
         if index >= region::COUNT {
@@ -187,6 +220,7 @@ impl Session {
     }
 
     fn io_fds(&mut self, function: &impl Function, payload: &[u8]) -> Result<Files, Errno> {
+        argsz(payload, size_of::<IoFds>())?;
         let (asked, _) = read::<IoFds>(payload)?;
         let index = asked.index.get();
         if index >= region::COUNT || asked.flags.get() != 0 {
@@ -226,6 +260,7 @@ impl Session {
     }
 
     fn irq_info(&mut self, function: &impl Function, payload: &[u8]) -> Result<(), Errno> {
+        argsz(payload, size_of::<IrqInfo>())?;
         let (asked, _) = read::<IrqInfo>(payload)?;
         let (flags, count) = function.interrupts().info(asked.index.get()).ok_or(Errno::INVAL)?;
         self.answer(&IrqInfo {
@@ -283,28 +318,11 @@ impl Session {
 /// Bits of a message's type.
 const TYPE: u32 = 0xf;
 
-fn map(function: &mut impl Function, payload: &[u8], fds: Vec<OwnedFd>) -> Result<(), Errno> {
-    let (map, _) = read::<DmaMap>(payload)?;
-    let mut fds = fds.into_iter();
-    let file = fds.next().map(File::from);
-    if fds.next().is_some() {
-        return Err(Errno::INVAL);
-    }
-    let (offset, address, size) = (map.offset.get(), map.address.get(), map.size.get());
-    let window = function.windows().map(map.flags.get(), file, offset, address, size);
-    let window = window.map_err(|error| {
-        crate::log::window(address, size, &error);
-        errno_of(error)
-    })?;
-    function.mapped(window);
-    Ok(())
-}
-
 fn errno_of(error: WindowError) -> Errno {
     match error {
         WindowError::Overlap => Errno::EXIST,
-        WindowError::TooMany(_) => Errno::NOSPC,
-        WindowError::Unsealed => Errno::PERM,
+        WindowError::TooMany(_) | WindowError::TooManyFiles(_) | WindowError::TooMuch(_) => Errno::NOSPC,
+        WindowError::Unsealed | WindowError::Huge => Errno::PERM,
         WindowError::Unknown => Errno::NOENT,
         WindowError::Descriptor(errno) => errno,
         WindowError::Map(_) => Errno::NOMEM,
@@ -317,11 +335,11 @@ fn read<T: FromBytes>(payload: &[u8]) -> Result<(T, &[u8]), Errno> {
     T::read_from_prefix(payload).map_err(|_| Errno::INVAL)
 }
 
-/// A request whose `argsz` has no room for `reply` bytes cannot be answered.
-fn argsz(payload: &[u8], reply: usize) -> Result<(), Errno> {
+/// A request says first how many bytes it has, or has room for in a reply: not less than `least`.
+fn argsz(payload: &[u8], least: usize) -> Result<(), Errno> {
     let (argsz, _) = read::<zerocopy::native_endian::U32>(payload)?;
     let room = usize::try_from(argsz.get()).unwrap_or(usize::MAX);
-    if room < reply { Err(Errno::INVAL) } else { Ok(()) }
+    if room < least { Err(Errno::INVAL) } else { Ok(()) }
 }
 
 fn bytes_of<T>() -> u32 {

@@ -122,3 +122,6 @@ pub trait Device: Send {
         let _unused = index;
     }
 }
+
+#[cfg(test)]
+mod tests;

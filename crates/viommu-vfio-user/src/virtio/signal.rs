@@ -1,7 +1,7 @@
 //! From a device to its driver: interrupts, and "reset me".
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::status;
 use crate::server::Interrupts;
@@ -21,7 +21,8 @@ pub(super) struct Shared {
     pub(super) config_vector: AtomicU16,
     /// What was negotiated.
     pub(super) features: AtomicU64,
-    isr: AtomicU8,
+    /// Held while the pin follows it: else one who reads it takes the pin down that another has just raised.
+    isr: Mutex<u8>,
 }
 
 impl Shared {
@@ -32,15 +33,20 @@ impl Shared {
             generation: AtomicU8::new(0),
             config_vector: AtomicU16::new(NO_VECTOR),
             features: AtomicU64::new(0),
-            isr: AtomicU8::new(0),
+            isr: Mutex::new(0),
         }
+    }
+
+    fn isr(&self) -> MutexGuard<'_, u8> {
+        // Nothing panics under this lock.
+        self.isr.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reading the ISR status takes it back, and the pin down.
     pub(super) fn take_isr(&self) -> u8 {
-        let isr = self.isr.swap(0, Ordering::SeqCst);
+        let mut isr = self.isr();
         self.interrupts.set_pin(false);
-        isr
+        core::mem::take(&mut *isr)
     }
 
     fn interrupt(&self, vector: u16, isr: u8) {
@@ -50,7 +56,8 @@ impl Shared {
             }
             return;
         }
-        self.isr.fetch_or(isr, Ordering::SeqCst);
+        let mut bits = self.isr();
+        *bits |= isr;
         self.interrupts.set_pin(true);
     }
 
@@ -64,10 +71,12 @@ impl Shared {
 pub struct DeviceSignal(pub(super) Arc<Shared>);
 
 impl DeviceSignal {
-    /// The configuration has changed by itself.
+    /// The configuration has changed by itself. A driver that does not run yet, or no more, is not told (2.1.2).
     pub fn config_changed(&self) {
         self.0.generation.fetch_add(1, Ordering::SeqCst);
-        self.0.config_interrupt();
+        if self.0.status.load(Ordering::SeqCst) & status::DRIVER_OK != 0 {
+            self.0.config_interrupt();
+        }
     }
 
     /// The device cannot go on until it is reset (2.1.2).

@@ -9,6 +9,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::device::limits::Limits;
 use crate::device::{Control, GuestDomain, Kind, VirtioIommu, status};
+use crate::journal::Entry;
 use crate::log;
 use crate::queue::chain::Frame;
 use crate::queue::near::Near;
@@ -110,12 +111,18 @@ impl<'d> Executor<'d> {
         let item = loop {
             let kind = frame.request().first().copied().unwrap_or_default();
             let outcome = match change {
-                Change::Map(mapping) => {
-                    mapping.and_then(|mapping| step(kind, &mut burst, |burst| burst.map(mapping)))
-                }
+                Change::Map(mapping) => mapping.and_then(|mapping| {
+                    step(kind, &mut burst, |burst| burst.map(mapping))?;
+                    self.device.note(|| Entry::Map { domain, mapping });
+                    Ok(())
+                }),
                 Change::Unmap(range) => {
                     self.unmaps = self.unmaps.saturating_add(1);
-                    range.and_then(|range| step(kind, &mut burst, |burst| burst.unmap(range).map(|_| ())))
+                    range.and_then(|range| {
+                        let removed = step(kind, &mut burst, |burst| burst.unmap(range))?;
+                        self.device.note(|| Entry::Unmap { domain, range, removed });
+                        Ok(())
+                    })
                 }
             };
             let used = self.answer(memory, frame, kind, 0, outcome);
@@ -201,6 +208,7 @@ impl<'d> Executor<'d> {
                 if let Some(domain) = self.control.domains.get_mut(&domain) {
                     domain.endpoints = domain.endpoints.saturating_add(1);
                 }
+                self.device.note(|| Entry::Attach { endpoint, domain, bypass });
                 let old = self.control.attached.insert(endpoint, domain);
                 self.device.left(&mut self.control, old, &mut self.done);
                 Ok(())
@@ -210,6 +218,9 @@ impl<'d> Executor<'d> {
                 let status = self.refused(request::ATTACH, error);
                 if blocked {
                     let old = self.control.attached.remove(&endpoint);
+                    if let Some(domain) = old {
+                        self.device.note(|| Entry::Detach { endpoint, domain });
+                    }
                     self.device.left(&mut self.control, old, &mut self.done);
                 }
                 self.device.drop_if_unused(&mut self.control, domain, &mut self.done);
@@ -239,6 +250,7 @@ impl<'d> Executor<'d> {
                 Err(status)
             }
         };
+        self.device.note(|| Entry::Detach { endpoint, domain });
         let old = self.control.attached.remove(&endpoint);
         self.device.left(&mut self.control, old, &mut self.done);
         outcome
@@ -296,11 +308,11 @@ impl<'d> Executor<'d> {
 }
 
 /// One step of a burst, if there is a domain for it.
-fn step<'b>(
+fn step<'b, T>(
     kind: u8,
     burst: &mut Result<Burst<'b>, Status>,
-    make: impl FnOnce(&mut Burst<'b>) -> Result<(), StepErrorKind>,
-) -> Result<(), Status> {
+    make: impl FnOnce(&mut Burst<'b>) -> Result<T, StepErrorKind>,
+) -> Result<T, Status> {
     let burst = burst.as_mut().map_err(|status| *status)?;
     make(burst).map_err(|refusal| {
         let status = status::of_step(&refusal);

@@ -6,9 +6,9 @@ mod state;
 mod status;
 mod topology;
 
-use core::ops::RangeInclusive;
+use core::ops::{ControlFlow, RangeInclusive};
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use viommu::endpoint::Region;
 use viommu::{
@@ -20,6 +20,7 @@ use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
 
 use crate::events::{EventLimits, EventQueue, Faults, RecentFault};
+use crate::journal::{Entry, Journal};
 use crate::log;
 use crate::metrics::{Counters, Metrics};
 use crate::queue::RequestQueue;
@@ -96,6 +97,7 @@ struct Inner {
     faults: Arc<Faults>,
     counters: Arc<Counters>,
     control: Mutex<Control>,
+    journal: OnceLock<Arc<dyn Journal>>,
 }
 
 /// What changes.
@@ -117,6 +119,32 @@ impl Control {
     pub(crate) fn attached_to(&self, endpoint: u32) -> Option<(u32, bool)> {
         let id = *self.attached.get(&endpoint)?;
         Some((id, matches!(self.domains.get(&id)?.kind, Kind::Bypass)))
+    }
+}
+
+impl Control {
+    pub(crate) fn page_size_mask(&self) -> u64 {
+        self.page_size_mask
+    }
+
+    pub(crate) fn for_each_endpoint(&self, mut visit: impl FnMut(u32, &[Region])) {
+        self.members.iter().for_each(|(id, member)| visit(*id, &member.regions));
+    }
+
+    /// What requests would make it what it is: attachments, then mappings.
+    pub(crate) fn for_each_attached(&self, mut visit: impl FnMut(Entry<'static>)) {
+        for (endpoint, domain) in &self.attached {
+            let kind = self.domains.get(domain).map(|domain| &domain.kind);
+            let bypass = matches!(kind, Some(Kind::Bypass));
+            visit(Entry::Attach { endpoint: *endpoint, domain: *domain, bypass });
+        }
+        for (id, domain) in &self.domains {
+            let Kind::Paged(record) = &domain.kind else { continue };
+            record.for_each(IovaRange::ALL, |mapping| {
+                visit(Entry::Map { domain: *id, mapping });
+                ControlFlow::Continue(())
+            });
+        }
     }
 }
 
@@ -200,7 +228,8 @@ impl VirtioIommu {
             domains: BTreeMap::new(),
         };
         let control = Mutex::new(control);
-        Ok(Self(Arc::new(Inner { iommu, config, faults, counters, control })))
+        let journal = OnceLock::new();
+        Ok(Self(Arc::new(Inner { iommu, config, faults, counters, control, journal })))
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Control> {
@@ -213,6 +242,10 @@ impl VirtioIommu {
 
     pub(crate) fn counters(&self) -> &Counters {
         &self.0.counters
+    }
+
+    pub(crate) fn journal_cell(&self) -> &OnceLock<Arc<dyn Journal>> {
+        &self.0.journal
     }
 
     pub(crate) fn config(&self) -> &Config {
@@ -261,7 +294,10 @@ impl VirtioIommu {
 
     fn switch_bypass(&self, on: bool) -> Completion {
         match self.0.iommu.set_bypass(on) {
-            Ok(completion) => completion,
+            Ok(completion) => {
+                self.note(|| Entry::Bypass { on });
+                completion
+            }
             Err(error) => {
                 log::trouble("bypass stays as it was", &error.kind);
                 error.completion
@@ -341,6 +377,10 @@ impl VirtioIommu {
                 Reset { completion: error.completion, inside: Vec::new(), refused: Some(error.kind) }
             }
         };
+        self.note(|| Entry::Reset(kind));
+        if kind == ResetKind::System {
+            self.note(|| Entry::Bypass { on: self.0.iommu.bypass() });
+        }
         if self.features().contains(Features::BYPASS) {
             reset.completion.merge(self.switch_bypass(false));
         }

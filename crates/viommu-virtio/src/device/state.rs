@@ -9,6 +9,7 @@ use zerocopy::FromBytes;
 use zerocopy::IntoBytes;
 
 use super::{Control, GuestDomain, Kind, VirtioIommu, granule};
+use crate::journal::Entry;
 use crate::spec::{Features, event};
 
 /// The version that [`VirtioIommu::save`] writes. [`VirtioIommu::restore`] takes this and all before it.
@@ -151,6 +152,8 @@ impl VirtioIommu {
             let domain = control.domains.entry(id).or_insert(GuestDomain { kind, endpoints: 0 });
             domain.endpoints = domain.endpoints.saturating_add(1);
         }
+        self.note(|| Entry::Bypass { on: self.iommu().bypass() });
+        control.for_each_attached(|entry| self.note(|| entry));
         drop(control);
         self.faults().restore(reports);
         Ok(done)

@@ -7,6 +7,7 @@ use viommu::{
 };
 
 use super::{Control, Member, VirtioIommu, granule};
+use crate::journal::Entry;
 use crate::spec::{Features, property};
 
 /// Bytes: what regions are made of.
@@ -242,6 +243,7 @@ impl VirtioIommu {
                 }
             }
         }
+        self.note(|| Entry::EndpointAdded { endpoint: id, regions: &regions });
         control.members.insert(id, Member { regions });
         self.faults().add_endpoint(id);
         Ok(Added { endpoint, subscriptions })
@@ -287,6 +289,7 @@ impl VirtioIommu {
         let endpoint = self.endpoint(id).ok_or_else(gone)?;
         let mut done = endpoint.remove().map_err(|error| TopologyError::Endpoint(error.kind))?;
         control.members.remove(&id);
+        self.note(|| Entry::EndpointRemoved { endpoint: id });
         self.faults().remove_endpoint(id);
         let old = control.attached.remove(&id);
         self.left(&mut control, old, &mut done);

@@ -5,6 +5,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 use zerocopy::IntoBytes;
 
 use crate::device::VirtioIommu;
+use crate::journal::Entry;
 use crate::metrics::bump;
 use crate::queue::chain::Frame;
 use crate::queue::near::Near;
@@ -62,6 +63,7 @@ where
             used = true;
             if fits {
                 bump(&self.device.counters().events_sent);
+                self.device.note(|| Entry::Fault(fault));
                 reported = reported.saturating_add(1);
             } else {
                 faults.put_back(fault);

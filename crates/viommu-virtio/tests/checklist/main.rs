@@ -6,6 +6,7 @@ mod drivers;
 mod faults;
 mod features;
 mod hostile;
+mod journal;
 mod mappings;
 mod probe;
 mod rig;

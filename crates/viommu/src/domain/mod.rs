@@ -68,6 +68,13 @@ impl Domain {
         lock(&self.0.state).writer.next(from)
     }
 
+    /// Whether all of `range` has backing now, of whatever medium: for models whose guests may only map what is there.
+    /// Takes the domain's lock.
+    #[must_use]
+    pub fn is_backed(&self, range: GpaRange) -> bool {
+        lock(&self.0.state).memory.holds(range)
+    }
+
     /// Visits every mapping that touches `range`, whole, in ascending order, under the domain's lock: `visit` must not
     /// call back into the domain. Returns early when it breaks.
     pub fn for_each(&self, range: IovaRange, mut visit: impl FnMut(Mapping) -> ControlFlow<()>) {

@@ -175,7 +175,7 @@ fn a_fill_is_of_the_extent_and_never_of_its_neighbour() {
     let entry = cache.fill(at(5), Access::READ).unwrap();
     assert!(entry.range.covers(pages(5, 500)), "one entry a page would be slow: {entry:?}");
     // The last byte of an unmapped page.
-    let last = viommu::Iova(4 * PAGE - 1);
+    let last = Iova(4 * PAGE - 1);
     assert!(matches!(cache.fill(last, Access::READ), Err(FillError::Fault(_))));
 }
 
@@ -281,7 +281,7 @@ fn an_entry_that_a_replacement_frees_is_free_before_it_is_taken() {
 
 #[test]
 fn an_unmap_may_end_anywhere_in_a_hole_and_nowhere_else() {
-    let bytes = |start, last| IovaRange::new(viommu::Iova(start), viommu::Iova(last)).unwrap();
+    let bytes = |start, last| IovaRange::new(Iova(start), Iova(last)).unwrap();
     for tables in [Tables::Owned, Tables::OwnedCut] {
         let (iommu, _) = unit();
         let domain = iommu.create_domain(1, tables).unwrap();

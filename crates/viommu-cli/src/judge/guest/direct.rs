@@ -1,21 +1,32 @@
-//! Operations as steps of the record.
+//! Operations as steps of the record; maps and unmaps as hypercalls, where there are TCE tables before it.
 
 use viommu::endpoint::Region;
 use viommu::{Completion, Domain, Endpoint, EndpointConfig, Iommu, IovaRange, Mapping, StepError, Tables};
 
 use super::reply::{Answer, Why};
 use super::settle;
+use super::tce::Tce;
 
 pub(crate) struct Direct {
     iommu: Iommu,
     may_cut: bool,
+    pub(super) tce: Option<Box<Tce>>,
 }
 
 impl Direct {
     /// # Errors
     /// There is no address space for the tables.
     pub(crate) fn new(may_cut: bool) -> Result<Self, viommu::BuildError> {
-        Ok(Self { iommu: super::builder().build()?, may_cut })
+        Ok(Self { iommu: super::builder().build()?, may_cut, tce: None })
+    }
+
+    /// With a LIOBN for each domain.
+    ///
+    /// # Errors
+    /// There is no memory for tables or lists.
+    pub(crate) fn with_tces(may_cut: bool) -> Result<Self, Box<dyn std::error::Error>> {
+        let tce = Tce::new(may_cut)?;
+        Ok(Self { iommu: tce.iommu().clone(), may_cut, tce: Some(Box::new(tce)) })
     }
 
     pub(crate) fn iommu(&self) -> &Iommu {
@@ -29,7 +40,11 @@ impl Direct {
     /// Makes a domain that is not there. Gives whether it is there now.
     pub(super) fn make(&self, domain: u32) -> bool {
         let tables = if self.may_cut { Tables::OwnedCut } else { Tables::Owned };
-        self.iommu.domain(domain).is_some() || self.iommu.create_domain(domain, tables).is_ok()
+        self.iommu.domain(domain).is_some()
+            || match &self.tce {
+                Some(tce) => tce.make(domain),
+                None => self.iommu.create_domain(domain, tables).is_ok(),
+            }
     }
 
     /// `keeps`: the domain is there, and stays if this is refused.
@@ -84,20 +99,49 @@ impl Direct {
     /// Ends a domain, if it is one of mappings.
     pub(super) fn end(&self, domain: u32, complaints: &mut Vec<String>) {
         if self.iommu.domain(domain).is_some() {
-            match self.iommu.destroy_domain(domain) {
+            let ended = match &self.tce {
+                Some(tce) => tce.end(domain),
+                None => self.iommu.destroy_domain(domain),
+            };
+            match ended {
                 Ok(done) => settle(done, complaints),
                 Err(error) => complaints.push(format!("the end of a domain: {error}")),
             }
         }
     }
-}
 
-pub(super) fn map(domain: Option<&Domain>, mapping: Mapping, complaints: &mut Vec<String>) -> Answer {
-    step(domain, |domain| domain.map(mapping), complaints)
-}
+    pub(super) fn map(
+        &mut self,
+        id: u32,
+        domain: Option<&Domain>,
+        mapping: Mapping,
+        complaints: &mut Vec<String>,
+    ) -> Answer {
+        match &mut self.tce {
+            Some(tce) => tce.map(id, domain, &mapping, complaints),
+            None => step(domain, |domain| domain.map(mapping), complaints),
+        }
+    }
 
-pub(super) fn unmap(domain: Option<&Domain>, range: IovaRange, complaints: &mut Vec<String>) -> Answer {
-    step(domain, |domain| domain.unmap(range), complaints)
+    pub(super) fn unmap(
+        &mut self,
+        id: u32,
+        domain: Option<&Domain>,
+        range: IovaRange,
+        complaints: &mut Vec<String>,
+    ) -> Answer {
+        match &mut self.tce {
+            Some(tce) => tce.unmap(id, domain, range, complaints),
+            None => step(domain, |domain| domain.unmap(range), complaints),
+        }
+    }
+
+    /// A reset has ended all domains.
+    pub(super) fn all_ended(&self) {
+        if let Some(tce) = &self.tce {
+            tce.all_ended();
+        }
+    }
 }
 
 fn step(

@@ -7,6 +7,7 @@
 mod direct;
 mod memory;
 mod reply;
+mod tce;
 mod virtio;
 
 use core::time::Duration;
@@ -69,7 +70,19 @@ impl Guest {
 
     /// Whether answers come from a device, so that what is expected of them is worth finding out.
     pub(crate) fn is_checked(&self) -> bool {
-        matches!(self.way, Way::Virtio(_)) || cfg!(debug_assertions)
+        let device = match &self.way {
+            Way::Direct(direct) => direct.tce.is_some(),
+            Way::Virtio(_) => true,
+        };
+        device || cfg!(debug_assertions)
+    }
+
+    /// What the model has no way to say, once such a thing was asked of it.
+    pub(crate) fn inexpressible(&self) -> Option<&str> {
+        match &self.way {
+            Way::Direct(direct) => direct.tce.as_ref()?.inexpressible(),
+            Way::Virtio(_) => None,
+        }
     }
 
     pub(crate) fn domain(&self, id: u32) -> Option<Domain> {
@@ -92,15 +105,18 @@ impl Guest {
     /// What there is to say of the model.
     pub(crate) fn line(&self) -> ModelLine {
         match &self.way {
-            Way::Direct(_) => ModelLine::direct(),
+            Way::Direct(direct) => direct.tce.as_ref().map_or_else(ModelLine::direct, |tce| tce.line()),
             Way::Virtio(virtio) => virtio.line(),
         }
     }
 
     /// The history is over: what both ends of the rings have counted must be the same.
     pub(crate) fn end_of_history(&mut self) {
-        if let Way::Virtio(virtio) = &mut self.way {
-            virtio.compare_counts();
+        match &mut self.way {
+            Way::Direct(direct) => {
+                self.complaints.extend(direct.tce.as_ref().and_then(|tce| tce.compare_counts()));
+            }
+            Way::Virtio(virtio) => virtio.compare_counts(),
         }
     }
 
@@ -243,14 +259,14 @@ impl Guest {
 
     pub(crate) fn map(&mut self, id: u32, domain: Option<&Domain>, mapping: Mapping) -> Answer {
         match &mut self.way {
-            Way::Direct(_) => direct::map(domain, mapping, &mut self.complaints),
+            Way::Direct(direct) => direct.map(id, domain, mapping, &mut self.complaints),
             Way::Virtio(virtio) => virtio.map(id, &mapping),
         }
     }
 
     pub(crate) fn unmap(&mut self, id: u32, domain: Option<&Domain>, range: IovaRange) -> Answer {
         match &mut self.way {
-            Way::Direct(_) => direct::unmap(domain, range, &mut self.complaints),
+            Way::Direct(direct) => direct.unmap(id, domain, range, &mut self.complaints),
             Way::Virtio(virtio) => virtio.unmap(id, range),
         }
     }
@@ -276,10 +292,14 @@ impl Guest {
     /// The driver resets the device: all is detached, all domains are gone.
     pub(crate) fn reset(&mut self) {
         match &mut self.way {
-            Way::Direct(_) => match self.iommu.reset(viommu::ResetKind::Device) {
-                Ok(reset) => self.settle(reset.completion),
-                Err(error) => self.settle(error.completion),
-            },
+            Way::Direct(direct) => {
+                let done = match self.iommu.reset(viommu::ResetKind::Device) {
+                    Ok(reset) => reset.completion,
+                    Err(error) => error.completion,
+                };
+                direct.all_ended();
+                self.settle(done);
+            }
             Way::Virtio(virtio) => virtio.reset(),
         }
         self.attached.clear();

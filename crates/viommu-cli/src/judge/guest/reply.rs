@@ -1,6 +1,7 @@
 //! What comes back for an operation, against what it should be.
 
 use viommu::error::{AttachErrorKind, StepErrorKind};
+use viommu_spapr::spec::Code;
 use viommu_virtio::spec::request::{ATTACH, MAP, Status};
 
 /// Why an operation is refused.
@@ -27,6 +28,8 @@ pub(crate) enum Why {
     Bypass,
     /// The endpoint is not in that domain.
     NotAttached,
+    /// The model has no way to say it.
+    Inexpressible,
     Other(String),
 }
 
@@ -68,8 +71,18 @@ impl Why {
             Self::Cap | Self::Unreachable | Self::Refused => Status::NOMEM,
             Self::Fenced => Status::DEVERR,
             Self::NoDomain => Status::NOENT,
-            Self::Other(_) => return None,
+            Self::Inexpressible | Self::Other(_) => return None,
         })
+    }
+
+    /// The code that a hypercall is to return; a LIOBN that is not there, and one of a domain that bypasses, is a wrong
+    /// argument.
+    fn code(&self) -> Option<Code> {
+        match self {
+            Self::Cap | Self::Unreachable | Self::Refused => Some(Code::Resource),
+            Self::Reserved | Self::NoDomain | Self::Bypass => Some(Code::Parameter),
+            _ => None,
+        }
     }
 }
 
@@ -114,6 +127,10 @@ pub(crate) enum Answer {
     Core(Result<(), Why>),
     /// A device gives a status.
     Device(Reply),
+    /// A hypercall returns a code.
+    Hypercall(Code),
+    /// The model has no way to say it.
+    Inexpressible,
 }
 
 impl Answer {
@@ -121,6 +138,8 @@ impl Answer {
         match self {
             Self::Core(outcome) => outcome.is_ok(),
             Self::Device(reply) => reply.status == Some(Status::OK),
+            Self::Hypercall(code) => *code == Code::Success,
+            Self::Inexpressible => false,
         }
     }
 
@@ -129,6 +148,8 @@ impl Answer {
         match self {
             Self::Core(outcome) => *outcome == Err(Why::Cap),
             Self::Device(reply) => reply.kind == MAP && reply.status == Some(Status::NOMEM),
+            Self::Hypercall(code) => *code == Code::Resource,
+            Self::Inexpressible => false,
         }
     }
 
@@ -154,6 +175,20 @@ impl Answer {
                 };
                 (outcome, wrong)
             }
+            Self::Hypercall(code) => {
+                let due = |expected: &Result<(), Why>| match expected {
+                    Ok(()) => Some(Code::Success),
+                    Err(why) => why.code(),
+                };
+                if let Some(fits) = expected.iter().find(|expected| due(expected) == Some(code)) {
+                    return (fits.clone(), None);
+                }
+                let wrong = format!("a hypercall returns {code:?}, where {expected:?} is due");
+                let outcome = if code == Code::Success { Ok(()) } else { Err(Why::Other(wrong.clone())) };
+                (outcome, Some(wrong))
+            }
+            // The replay ends here.
+            Self::Inexpressible => (Err(Why::Inexpressible), None),
         }
     }
 }
@@ -213,6 +248,22 @@ mod tests {
         let nothing = Reply { kind: ATTACH, status: None, used: 0, due: 4 };
         let (outcome, wrong) = Answer::Device(nothing).conclude(&[Ok(())]);
         assert!(outcome.is_err() && wrong.unwrap().contains("answered nothing"));
+    }
+
+    #[test]
+    fn a_code_of_a_hypercall_is_held_against_what_is_due() {
+        for (code, expected) in [
+            (Code::Success, Ok(())),
+            (Code::Resource, Err(Why::Refused)),
+            (Code::Resource, Err(Why::Unreachable)),
+            (Code::Parameter, Err(Why::Reserved)),
+        ] {
+            let answer = Answer::Hypercall(code);
+            assert_eq!(answer.conclude(core::slice::from_ref(&expected)), (expected, None));
+        }
+        for (code, expected) in [(Code::Success, Err(Why::Reserved)), (Code::Parameter, Ok(()))] {
+            assert!(Answer::Hypercall(code).conclude(&[expected]).1.is_some());
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ use viommu_virtio::{Config, EndpointPlan, EventLimits, EventQueue, RequestQueue,
 
 use super::memory::{self, Eyes, RINGS, Ram, Sparse};
 use super::reply::{Answer, REQUESTS, Reply, STATUSES};
+use super::tce::TablesLine;
 use super::{PATIENCE, settle};
 
 type Error = Box<dyn std::error::Error>;
@@ -50,6 +51,8 @@ pub(crate) struct ModelLine {
     pub(crate) name: &'static str,
     #[serde(flatten)]
     pub(crate) device: Option<DeviceLine>,
+    #[serde(flatten)]
+    pub(crate) tables: Option<TablesLine>,
 }
 
 /// What went between driver and device.
@@ -93,7 +96,7 @@ pub(crate) struct AccessLine {
 
 impl ModelLine {
     pub(crate) fn direct() -> Self {
-        Self { name: "direct", device: None }
+        Self { name: "direct", device: None, tables: None }
     }
 }
 
@@ -151,6 +154,7 @@ impl Virtio {
         let Sparse { moved, compared, translated, bytes, .. } = self.memory;
         ModelLine {
             name: "virtio-iommu",
+            tables: None,
             device: Some(DeviceLine {
                 requests: self.answers.iter().flatten().sum(),
                 statuses: statuses.collect(),

@@ -16,12 +16,12 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use viommu_vfio_user::{BindError, PrivateListener};
 use viommu_virtio::viot::Bdf;
 
 use super::device::Kind;
 use super::options::behind_a_port;
 use super::snapshot::Snapshot;
-use super::socket::PrivateListener;
 use connection::Connection;
 use protocol::{Answer, Plugged, Request, line};
 
@@ -63,15 +63,17 @@ impl Control {
     /// Listens at `path`.
     ///
     /// # Errors
-    /// As [`PrivateListener::new`]; or there is no thread to be had.
-    pub(crate) fn start(path: &Path, live: Arc<dyn Live>) -> io::Result<Self> {
-        let listener = PrivateListener::new(path)?;
-        listener.listener().set_nonblocking(true)?;
-        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+    /// As [`PrivateListener::bind`]; or there is no thread to be had.
+    pub(crate) fn start(path: &Path, live: Arc<dyn Live>) -> Result<Self, BindError> {
+        let failed = |source: io::Error| BindError::Io { path: path.into(), source };
+        let listener = PrivateListener::bind(path)?;
+        let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let stop = Arc::new(stop.map_err(|errno| failed(errno.into()))?);
         let told = stop.clone();
         let thread = thread::Builder::new().name("control".into()).spawn(move || {
             Server { listener, stop: told, live, connections: Vec::new(), deaf_until: None }.run();
-        })?;
+        });
+        let thread = thread.map_err(failed)?;
         Ok(Self { stop, thread: Some(thread) })
     }
 
@@ -113,7 +115,7 @@ impl Server {
             let deaf = self.deaf_until.is_some();
             let mut polled = vec![
                 PollFd::new(&*self.stop, PollFlags::IN),
-                PollFd::new(self.listener.listener(), if deaf { PollFlags::empty() } else { PollFlags::IN }),
+                PollFd::new(&self.listener, if deaf { PollFlags::empty() } else { PollFlags::IN }),
             ];
             polled.extend(
                 self.connections.iter().map(|c| PollFd::from_borrowed_fd(c.as_fd(), c.waits_for(now))),
@@ -147,8 +149,8 @@ impl Server {
     }
 
     fn accept(&mut self, now: Instant) {
-        match self.listener.listener().accept() {
-            Ok((stream, _)) => {
+        match self.listener.accept() {
+            Ok(stream) => {
                 if self.connections.len() >= CONNECTIONS {
                     let waits = |c: &Connection| c.idle_for(now).filter(|idle| *idle > PATIENCE);
                     let oldest =

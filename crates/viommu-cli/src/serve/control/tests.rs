@@ -197,6 +197,6 @@ fn stop_ends_connections_and_removes_the_socket() {
 fn start_where_somebody_serves_is_refused() {
     let (directory, _, _control) = start();
     let again = Control::start(&directory.path().join("control.sock"), Arc::new(Fake::default()));
-    assert_eq!(again.unwrap_err().kind(), io::ErrorKind::AddrInUse);
+    assert!(matches!(again, Err(BindError::InUse(_))));
     version(ask(&mut connect(&directory), &get(false)));
 }

@@ -30,7 +30,7 @@ const QUEUE_SIZE: u16 = 256;
 /// What a device does with its queues.
 #[derive(Debug)]
 pub(crate) enum Engine {
-    Blk(Blk),
+    Blk(Box<Blk>),
     Rng(Rng),
 }
 
@@ -41,7 +41,7 @@ impl Engine {
             Kind::Blk { file, read_only, queues } => {
                 let id = format!("viommu-{}", address.to_string().replace([':', '.'], "-"));
                 let options = BlkOptions { read_only: *read_only, queues: *queues, id };
-                Blk::open(file, &options).map(Self::Blk).map_err(|why| why.to_string())
+                Blk::open(file, &options).map(|blk| Self::Blk(Box::new(blk))).map_err(|why| why.to_string())
             }
         }
     }
@@ -326,10 +326,10 @@ impl Device for EndpointDevice {
 
     fn reset(&mut self, by: ResetBy) {
         self.features = 0;
-        if by == ResetBy::Machine {
-            if let Err(error) = self.engine.flush() {
-                tracing::error!("{}: what was written may be lost: {error}", self.address);
-            }
+        if by == ResetBy::Machine
+            && let Err(error) = self.engine.flush()
+        {
+            tracing::error!("{}: what was written may be lost: {error}", self.address);
         }
     }
 

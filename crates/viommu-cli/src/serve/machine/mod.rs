@@ -6,6 +6,7 @@ mod unit;
 mod vtd;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,6 +30,7 @@ use super::control::Live;
 use super::control::protocol::Plugged;
 use super::device::Kind;
 use super::options::{Device, IommuPlan, Model, ServePlan, VtdPlan};
+use super::record::Recording;
 use super::snapshot::{self, Hex, Snapshot};
 use super::times::Times;
 use super::{qemu, snapshot::gather::nanos, viot};
@@ -51,6 +53,9 @@ pub(crate) enum MachineError {
     /// A socket.
     #[error(transparent)]
     Bind(#[from] viommu_vfio_user::BindError),
+    /// The history cannot be begun.
+    #[error("--record {path}: {source}", path = path.display())]
+    History { path: PathBuf, source: io::Error },
     /// A thread or a descriptor.
     #[error("{0}")]
     Io(#[from] io::Error),
@@ -95,6 +100,7 @@ pub(crate) struct Machine {
     vtd: Option<(Vtd, Windows)>,
     members: Mutex<BTreeMap<Bdf, Member>>,
     iommu: Mutex<Option<Served>>,
+    recording: Option<Arc<Recording<File>>>,
     started: Instant,
 }
 
@@ -119,9 +125,18 @@ impl Machine {
             },
             None => (Unit::new(Iommu::builder().bypass(true).build()?), None, None),
         };
-        let started = Instant::now();
-        let machine =
-            Self { plan, unit, device, vtd, members: Mutex::default(), iommu: Mutex::default(), started };
+        let recording = match (&plan.record, &device) {
+            (Some(path), Some(device)) => {
+                let failed = |source| MachineError::History { path: path.clone(), source };
+                let recording = Recording::create(path).map_err(failed)?;
+                // The device is new: nobody else has taken its journal.
+                device.journal(recording.clone());
+                Some(recording)
+            }
+            _ => None,
+        };
+        let (members, iommu, started) = (Mutex::default(), Mutex::default(), Instant::now());
+        let machine = Self { plan, unit, device, vtd, members, iommu, recording, started };
         for device in machine.plan.devices.clone() {
             machine.add(device)?;
         }
@@ -239,6 +254,10 @@ impl Machine {
             if let Err(error) = engine.flush() {
                 lost.push(format!("{address}={}: what was written may be lost: {error}", device.kind));
             }
+        }
+        if let Some(recording) = &self.recording {
+            // It has said itself what is wrong with it.
+            let _file = recording.finish();
         }
         if lost.is_empty() { Ok(()) } else { Err(lost) }
     }

@@ -230,9 +230,13 @@ fn a_vtd_unit_has_options_of_its_own_and_none_of_the_virtio_iommu() {
     ] {
         assert!(vtd(wrong).is_err(), "{wrong}");
     }
-    for other in
-        [["--bypass", "off"], ["--page-sizes", "4K"], ["--aperture", "0-0xfff"], ["--reserved", "none"]]
-    {
+    for other in [
+        ["--bypass", "off"],
+        ["--page-sizes", "4K"],
+        ["--aperture", "0-0xfff"],
+        ["--reserved", "none"],
+        ["--record", "f"],
+    ] {
         assert!(plan(&[&["--iommu", "vtd@00:01.0"], &other[..]].concat()).is_err(), "{other:?}");
     }
     assert!(plan(&["--iommu", "vtd@00:01.0", "--endpoint", "01:00.0-01:1f.7=hotplug"]).is_err());

@@ -31,13 +31,6 @@ impl Histogram {
         let end = u32::try_from(class).ok().and_then(|class| 1_u64.checked_shl(class));
         Some(end.filter(|_| !open).map_or(self.longest_ns, |end| end.min(self.longest_ns)))
     }
-
-    /// What has come since `before`; its longest is this one's, since that has no date.
-    pub(crate) fn since(&self, before: &Self) -> Self {
-        let old = |n: usize| before.classes.get(n).copied().unwrap_or(0);
-        let classes = self.classes.iter().enumerate().map(|(n, class)| class.saturating_sub(old(n)));
-        Self { classes: classes.collect(), longest_ns: self.longest_ns }
-    }
 }
 
 #[cfg(test)]
@@ -54,13 +47,5 @@ mod tests {
         assert_eq!(times.percentile(100), Some(100));
         times.longest_ns = 6;
         assert_eq!(times.percentile(50), Some(6));
-    }
-
-    #[test]
-    fn since_leaves_what_was_there_out() {
-        let before = Histogram { classes: vec![1, 2], longest_ns: 1 };
-        let now = Histogram { classes: vec![1, 5, 7], longest_ns: 4 };
-        assert_eq!(now.since(&before).classes, [0, 3, 7]);
-        assert_eq!(before.since(&now).classes, [0, 0]);
     }
 }

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+pub(crate) use gather::nanos;
 pub(crate) use histogram::Histogram;
 
 /// Everything at one time. Parts are read one after the other: while the guest runs they may be of different moments.

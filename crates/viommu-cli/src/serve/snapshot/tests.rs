@@ -203,7 +203,7 @@ fn of_a_device_gives_what_a_driver_has_done() {
     let fault = &iommu.faults.recent[0];
     assert_eq!((fault.endpoint, fault.iova, fault.access), (0x10, Hex(0x2004), Access::Write));
     assert_eq!(fault.reason, "permission");
-    assert!(fault.at_ns > 0 && fault.at_ns <= gather::nanos(started.elapsed()));
+    assert!(fault.at_ns > 0 && fault.at_ns <= nanos(started.elapsed()));
     let short = Iommu::of(&device, Function::default(), started, false);
     assert_eq!((short.domains[0].live, &short.domains[0].mappings), (2, &None));
 

@@ -1,5 +1,6 @@
 //! Requests through a ring in memory, over a disk in memory.
 
+mod endpoint;
 mod file;
 mod hostile;
 mod model;

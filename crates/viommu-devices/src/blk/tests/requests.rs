@@ -299,6 +299,12 @@ fn config_space_says_what_is_offered() {
 }
 
 #[test]
+fn config_space_when_the_file_system_likes_odd_blocks_says_something_usable() {
+    let exponent = |block| super::super::config_of(512, block, &BlkOptions::default()).physical_block_exp;
+    assert_eq!([0, 512, 1024, 4096, 1 << 20, 3000].map(exponent), [0, 0, 1, 3, 3, 0]);
+}
+
+#[test]
 fn id_and_queues_when_they_make_no_sense_are_refused() {
     let refused = |options: BlkOptions| super::super::id_of(&options).unwrap_err().to_string();
     let id = |id: &str| BlkOptions { id: id.to_owned(), ..BlkOptions::default() };
