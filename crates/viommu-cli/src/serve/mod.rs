@@ -3,6 +3,7 @@
 pub(crate) mod args;
 pub(crate) mod control;
 pub(crate) mod device;
+mod dmar;
 mod hush;
 mod machine;
 pub(crate) mod options;
@@ -22,7 +23,7 @@ use signal_hook::iterator::Signals;
 use self::args::Serve;
 use self::control::Control;
 use self::machine::Machine;
-use self::options::ServePlan;
+use self::options::{IommuPlan, Model, ServePlan, VtdPlan};
 
 /// Serves until it is told to stop by SIGINT or SIGTERM.
 ///
@@ -37,7 +38,7 @@ pub(crate) fn run(args: &Serve) -> Result<(), String> {
     let path = plan.control_socket();
     let machine = Arc::new(Machine::start(plan).map_err(|why| why.to_string())?);
     let plan = machine.plan();
-    viot::write(plan).map_err(|why| format!("{}: {why}", plan.viot_file().display()))?;
+    viot::write(plan).map_err(|why| format!("{}: {why}", plan.table_file().display()))?;
     let control = Control::start(&path, machine.clone()).map_err(|why| why.to_string())?;
     tell(plan).map_err(|why| format!("standard output: {why}"))?;
     let _signal = signals.forever().next();
@@ -57,13 +58,21 @@ fn allow_descriptors() {
 fn tell(plan: &ServePlan) -> io::Result<()> {
     let mut out = anstream::stdout();
     if let Some(iommu) = &plan.iommu {
-        writeln!(out, "{}  virtio-iommu", iommu.address)?;
+        writeln!(out, "{}  {}", iommu.address, iommu.model)?;
     }
     for device in &plan.devices {
         writeln!(out, "{}  {}", device.address, device.kind)?;
     }
     for range in &plan.hotplug {
         writeln!(out, "{}-{}  hot-plug (viommu plug)", range.start(), range.end())?;
+    }
+    if let Some(IommuPlan { model: Model::Vtd(VtdPlan { base: None, .. }), .. }) = &plan.iommu {
+        let table = plan.table_file();
+        writeln!(
+            out,
+            "{} comes when firmware has run once: start the machine, and then again",
+            table.display()
+        )?;
     }
     if let Some(remark) = qemu::not_pluggable(plan) {
         writeln!(out, "{remark}")?;

@@ -69,6 +69,8 @@ pub(crate) struct ServePlan {
 pub(crate) struct IommuPlan {
     /// Its own function.
     pub(crate) address: Bdf,
+    /// What it is.
+    pub(crate) model: Model,
     /// What endpoints that are attached to nothing see at first: all of memory, or nothing.
     pub(crate) bypass: bool,
     /// One bit for each size; the smallest is of 4 KiB or more.
@@ -81,6 +83,60 @@ pub(crate) struct IommuPlan {
     pub(crate) max_mappings: Option<u64>,
     /// The most domains.
     pub(crate) max_domains: Option<usize>,
+}
+
+/// What an IOMMU is to its driver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Model {
+    /// A virtio-iommu.
+    Virtio,
+    /// An Intel VT-d unit.
+    Vtd(VtdPlan),
+}
+
+/// An Intel VT-d unit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct VtdPlan {
+    /// Whether the driver announces new entries.
+    pub(crate) caching_mode: bool,
+    /// Where firmware puts the registers, if that is known.
+    pub(crate) base: Option<u64>,
+}
+
+impl core::fmt::Display for Model {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(match self {
+            Self::Virtio => "virtio-iommu",
+            Self::Vtd(_) => "vtd",
+        })
+    }
+}
+
+impl Model {
+    /// Reads `BDF`, or `vtd@BDF` with options.
+    fn parse(text: &str) -> Result<(Self, Bdf), String> {
+        let address = |text: &str| text.parse().map_err(|why| format!("{why}"));
+        let Some(rest) = text.strip_prefix("vtd@") else { return Ok((Self::Virtio, address(text)?)) };
+        let mut parts = rest.split(',');
+        let at = address(parts.next().unwrap_or_default())?;
+        let mut plan = VtdPlan { caching_mode: true, base: None };
+        for part in parts {
+            match part.split_once('=') {
+                Some(("caching-mode", "on")) => plan.caching_mode = true,
+                Some(("caching-mode", "off")) => plan.caching_mode = false,
+                Some(("base", base)) => {
+                    let base = self::address(base).filter(|base| *base != 0 && base.is_multiple_of(PAGE));
+                    plan.base = Some(base.ok_or("base=ADDRESS must be a multiple of 4096")?);
+                }
+                _ => {
+                    return Err(format!(
+                        "{part:?} is no option of vtd: caching-mode=on|off and base=ADDRESS are"
+                    ));
+                }
+            }
+        }
+        Ok((Self::Vtd(plan), at))
+    }
 }
 
 impl IommuPlan {
@@ -108,6 +164,10 @@ impl ServePlan {
     pub(crate) fn new(args: &Serve) -> Result<Self, OptionError> {
         let iommu = if args.no_iommu { None } else { Some(iommu_plan(args)?) };
         let (devices, hotplug) = endpoints(&args.endpoints, iommu.as_ref().map(|iommu| iommu.address))?;
+        if iommu.as_ref().is_some_and(|iommu| iommu.model != Model::Virtio) && !hotplug.is_empty() {
+            let why = "a DMAR table names single functions: hot-plug takes a virtio-iommu";
+            return Err(refused("--endpoint", "hotplug", why));
+        }
         if iommu.is_none() && devices.is_empty() && hotplug.is_empty() {
             return Err(refused("--no-iommu", "", "there is no --endpoint, so there is nothing to serve"));
         }
@@ -150,6 +210,14 @@ impl ServePlan {
         self.socket_dir.join("viot.bin")
     }
 
+    /// The ACPI table that tells the guest of the IOMMU that there is.
+    pub(crate) fn table_file(&self) -> PathBuf {
+        match &self.iommu {
+            Some(IommuPlan { model: Model::Vtd(_), .. }) => self.socket_dir.join("dmar.bin"),
+            _ => self.viot_file(),
+        }
+    }
+
     /// Whether a device may be plugged in there.
     pub(crate) fn takes_hotplug(&self, address: Bdf) -> bool {
         self.hotplug.iter().any(|range| range.contains(&address))
@@ -182,7 +250,19 @@ pub(crate) fn file_name(address: Bdf) -> String {
 }
 
 fn iommu_plan(args: &Serve) -> Result<IommuPlan, OptionError> {
-    let address: Bdf = args.iommu.parse().map_err(|why| refused("--iommu", &args.iommu, why))?;
+    let (model, address) = Model::parse(&args.iommu).map_err(|why| refused("--iommu", &args.iommu, why))?;
+    if model != Model::Virtio {
+        let of_virtio = [
+            ("--bypass", args.bypass == Switch::Off),
+            ("--page-sizes", args.page_sizes.is_some()),
+            ("--aperture", args.aperture.is_some()),
+            ("--reserved", !args.reserved.is_empty()),
+            ("--record", args.record.is_some()),
+        ];
+        if let Some((option, _)) = of_virtio.into_iter().find(|(_, given)| *given) {
+            return Err(refused(option, "", "it is an option of the virtio-iommu"));
+        }
+    }
     if let Some(why) = not_free(address) {
         return Err(refused("--iommu", &args.iommu, why));
     }
@@ -205,6 +285,7 @@ fn iommu_plan(args: &Serve) -> Result<IommuPlan, OptionError> {
     };
     Ok(IommuPlan {
         address,
+        model,
         bypass: args.bypass == Switch::On,
         page_size_mask,
         regions: regions(&args.reserved)?,

@@ -112,7 +112,7 @@ pub(crate) fn arguments(plan: &ServePlan, accelerators: &[&str]) -> Result<Vec<S
     add("-object", format!("memory-backend-memfd,id=ram,size={mebibytes}M,share=on"));
     add("-machine", "memory-backend=ram".into());
     if plan.iommu.is_some() {
-        add("-acpitable", format!("file={}", commas(&plan.viot_file())));
+        add("-acpitable", format!("file={}", commas(&plan.table_file())));
     }
     // Without QEMU's own display and network card, which would take the first slots.
     all.extend(["-nodefaults".to_owned()]);

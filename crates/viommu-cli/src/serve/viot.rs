@@ -6,11 +6,12 @@ use std::path::Path;
 
 use viommu_virtio::viot::{Bdf, PciRange, Transport, Viot, ViotError, ViotIommu};
 
-use super::options::ServePlan;
+use super::dmar;
+use super::options::{Model, ServePlan};
 
 /// The table, if there is an IOMMU. A function's endpoint id is its requester id.
 pub(crate) fn table(plan: &ServePlan) -> Option<Viot> {
-    let address = plan.iommu.as_ref()?.address;
+    let address = plan.iommu.as_ref().filter(|iommu| iommu.model == Model::Virtio)?.address;
     let mut iommu = ViotIommu::new(Transport::Pci { segment: 0, bdf: address });
     let mut ranges: Vec<(Bdf, Bdf)> =
         plan.devices.iter().map(|device| (device.address, device.address)).collect();
@@ -27,6 +28,16 @@ pub(crate) fn table(plan: &ServePlan) -> Option<Viot> {
     iommu.ranges = joined.into_iter().map(|(first, last)| PciRange::identity(0..=0, first..=last)).collect();
     Some(Viot { iommus: vec![iommu], ..Viot::default() })
 }
+
+/// What the DMAR table of a VT-d unit says, and where its registers are if that is known.
+pub(crate) fn dmar_plan(plan: &ServePlan) -> Option<(dmar::Plan, Option<u64>)> {
+    let Model::Vtd(vtd) = &plan.iommu.as_ref()?.model else { return None };
+    let devices = plan.devices.iter().map(|device| device.address).collect();
+    Some((dmar::Plan { host_bits: HOST_BITS, devices }, vtd.base))
+}
+
+/// Bits of a guest physical address, for a VT-d unit.
+pub(crate) const HOST_BITS: u8 = 48;
 
 /// Why there is no file.
 #[derive(Debug)]
@@ -53,12 +64,18 @@ impl std::error::Error for WriteError {}
 /// # Errors
 /// See [`WriteError`]; the file is as it was.
 pub(crate) fn write(plan: &ServePlan) -> Result<(), WriteError> {
+    if let Some((dmar, base)) = dmar_plan(plan) {
+        // Without an address it is written when firmware has chosen one.
+        return base
+            .map_or(Ok(()), |base| dmar::write(&plan.table_file(), &dmar, base))
+            .map_err(WriteError::Io);
+    }
     let Some(table) = table(plan) else { return Ok(()) };
     let bytes = table.to_bytes().map_err(WriteError::Table)?;
     write_whole(&plan.viot_file(), &bytes).map_err(WriteError::Io)
 }
 
-fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut name = path.as_os_str().to_owned();
     name.push(format!(".{}", std::process::id()));
     let new = Path::new(&name);
@@ -135,5 +152,18 @@ mod tests {
         fs::create_dir_all(plan.viot_file().join("in the way")).unwrap();
         assert!(matches!(write(&plan), Err(WriteError::Io(_))));
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn write_of_a_vtd_unit_is_its_own_table_where_its_address_is_known() {
+        let directory = tempfile::tempdir().unwrap();
+        let plan = |iommu: &str| plan_in(directory.path(), &["--iommu", iommu, "--endpoint", "00:02.0=rng"]);
+        let unknown = plan("vtd@00:01.0").unwrap();
+        write(&unknown).unwrap();
+        assert!(table(&unknown).is_none() && !unknown.table_file().exists());
+        let known = plan("vtd@00:01.0,base=0xfebfc000").unwrap();
+        write(&known).unwrap();
+        assert_eq!(fs::read(known.table_file()).unwrap().len(), 72);
+        assert!(!known.viot_file().exists());
     }
 }

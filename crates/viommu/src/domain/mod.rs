@@ -24,7 +24,7 @@ use crate::sync::{Arc, MutexGuard, lock};
 use crate::table::PAGE;
 
 pub use inner::Tables;
-pub use sync::{Progress, Walk};
+pub use sync::{Found, Progress, Walk};
 
 /// Mappings that a scratch list keeps room for between steps.
 pub(crate) const SCRATCH: usize = 1024;

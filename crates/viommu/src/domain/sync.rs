@@ -10,17 +10,39 @@ use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::{CallbackScope, StepScope};
 use crate::sync::lock;
 
-/// A walk over the guest's tables, by a model.
+/// What a [`Walk`] has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// An extent.
+    Extent(Mapping),
+    /// There is none up to the end of what was asked for.
+    Nothing,
+    /// There is none in front of this address, which is behind where the walk began; further it has not looked, since
+    /// it has read enough tables for now. The [`Domain::sync`] ends its call there.
+    NotYet(Iova),
+}
+
+/// A walk over the guest's tables, by a model. A closure that gives the extent, or `None`, is one that always looks to
+/// the end.
 pub trait Walk {
-    /// The guest's extent (a leaf, whole) that holds `from`, else the first behind it that starts at or before `last`;
-    /// `None` when there is none. Extents are page-aligned and disjoint. What cannot be read, or has reserved bits
-    /// set, is not mapped. Each entry is read once; called under the domain's lock.
-    fn next(&mut self, from: Iova, last: Iova) -> Option<Mapping>;
+    /// The guest's extent (a leaf, whole) that holds `from`, else the first behind it that starts at or before `last`.
+    /// Extents are page-aligned and disjoint. What cannot be read, or has reserved bits set, is not mapped. Each entry
+    /// is read once; called under the domain's lock, so a walk over empty tables must end with [`Found::NotYet`].
+    fn next(&mut self, from: Iova, last: Iova) -> Found;
 }
 
 impl<F: FnMut(Iova, Iova) -> Option<Mapping>> Walk for F {
-    fn next(&mut self, from: Iova, last: Iova) -> Option<Mapping> {
-        self(from, last)
+    fn next(&mut self, from: Iova, last: Iova) -> Found {
+        self(from, last).map_or(Found::Nothing, Found::Extent)
+    }
+}
+
+impl Found {
+    fn extent(self) -> Option<Mapping> {
+        match self {
+            Self::Extent(m) => Some(m),
+            Self::Nothing | Self::NotYet(_) => None,
+        }
     }
 }
 
@@ -41,7 +63,7 @@ impl Domain {
     /// ends of extents, the record's and the guest's, that cross the ends of `range`. Caches are told of all of
     /// `range`, as far as it was compared: what they hold may be newer than the record.
     ///
-    /// At most about `limit` extents are looked at in one call, which says where to go on.
+    /// At most about `limit` extents are looked at in one call, and what the walk looks at; it says where to go on.
     ///
     /// # Errors
     /// [`StepErrorKind::WrongKind`] where the record is viommu's own; caps: what is gone has been removed then, and
@@ -113,7 +135,7 @@ fn gather(
     // Outward at the start: until neither the record nor the guest has an extent across it.
     loop {
         let ours = state.writer.next(start).filter(|m| m.range.contains(start));
-        let theirs = walk.next(start, start).filter(|m| m.range.contains(start));
+        let theirs = walk.next(start, start).extent().filter(|m| m.range.contains(start));
         let wider = ours.into_iter().chain(theirs).map(|m| m.range.start()).min().unwrap_or(start);
         if wider >= start {
             break;
@@ -127,9 +149,18 @@ fn gather(
         let ours = state.writer.next(at).filter(|m| m.range.start() <= last);
         // Ours has to be covered whole: the guest is asked about all of it.
         last = ours.map_or(last, |m| m.range.last().max(last));
-        let theirs = walk.next(at, last).filter(|m| m.range.last() >= at && m.range.start() <= last);
+        let found = walk.next(at, last);
+        let theirs = found.extent().filter(|m| m.range.last() >= at && m.range.start() <= last);
+        // Where the walk wants to pause: what it said nothing of is not compared.
+        let pause = match (found, at.checked_add(1)) {
+            (Found::NotYet(pause), Some(least)) => Some(pause.max(least)).filter(|pause| *pause <= last),
+            _ => None,
+        };
         // The nearer one first; the widest end of all that begins in front of it must be covered.
-        let Some(nearest) = theirs.iter().chain(&ours).map(|m| m.range.start().max(at)).min() else { break };
+        let nearest = theirs.iter().chain(&ours).map(|m| m.range.start().max(at));
+        let nearest = nearest.filter(|near| pause.is_none_or(|pause| *near < pause)).min();
+        let before_pause = pause.map(|pause| Iova(pause.0.wrapping_sub(1)));
+        let Some(nearest) = nearest.or(before_pause) else { break };
         let mut end = nearest;
         if let Some(m) = theirs.filter(|m| m.range.start() <= nearest) {
             end = end.max(m.range.last());
@@ -139,7 +170,7 @@ fn gather(
         if let Some(m) = ours.filter(|m| m.range.start() <= nearest) {
             // The guest's extents under ours are walked next.
             if theirs.is_none_or(|t| t.range.start() > nearest) {
-                let stop = theirs.map(|t| Iova(t.range.start().0.wrapping_sub(1)));
+                let stop = theirs.map(|t| Iova(t.range.start().0.wrapping_sub(1))).or(before_pause);
                 end = end.max(stop.map_or_else(|| m.range.last(), |stop| stop.min(m.range.last())));
             }
         }
@@ -149,7 +180,7 @@ fn gather(
         seen = seen.saturating_add(1);
         let Some(next) = end.checked_add(1).filter(|next| *next <= last) else { break };
         at = next;
-        if seen >= limit {
+        if seen >= limit || pause.is_some_and(|pause| at >= pause) {
             // An extent of ours across this point is not the guest's any more, or it would have been seen as one. It
             // goes now, whole; what the guest has in its rest comes with the next call.
             let ours = state.writer.next(at).filter(|m| m.range.start() < at);

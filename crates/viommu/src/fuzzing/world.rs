@@ -6,6 +6,7 @@ mod subscribers;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use viommu::domain::{Found, Walk};
 use viommu::endpoint::{Region, RegionKind};
 use viommu::reader::Walker;
 use viommu::subscribe::Reach;
@@ -49,6 +50,29 @@ impl Guest {
 impl Walker for Guest {
     fn walk(&self, iova: Iova) -> Option<Mapping> {
         self.next(iova, iova).filter(|m| m.range.contains(iova))
+    }
+}
+
+/// A walk that wants to pause now and then.
+struct Pausing<'g> {
+    guest: &'g Guest,
+    /// Of so many questions one is answered with a pause; 0: none.
+    every: u8,
+    asked: u8,
+}
+
+impl Walk for Pausing<'_> {
+    fn next(&mut self, from: Iova, last: Iova) -> Found {
+        self.asked = self.asked.wrapping_add(1);
+        let found = self.guest.next(from, last);
+        let clear = found.map_or(u64::MAX, |m| m.range.start().0);
+        let pause = (from.0 - from.0 % PAGE).checked_add(PAGE).filter(|next| *next <= clear);
+        let pause = pause.filter(|_| self.every > 0 && self.asked.is_multiple_of(self.every));
+        match (pause, found) {
+            (Some(pause), _) => Found::NotYet(Iova(pause)),
+            (None, Some(m)) => Found::Extent(m),
+            (None, None) => Found::Nothing,
+        }
     }
 }
 
@@ -416,9 +440,9 @@ impl World {
         let domain = self.iommu.domain(WALKED).unwrap();
         let guest = self.guest.clone();
         let mut rest = range;
-        for _ in 0..100 {
+        for _ in 0..1000 {
             let limit = if b == 0 { usize::MAX } else { usize::from(b % 4) + 1 };
-            let mut walk = |from, last| guest.next(from, last);
+            let mut walk = Pausing { guest: &guest, every: b / 4 % 4, asked: 0 };
             match domain.sync(rest, &mut walk, limit) {
                 Ok(progress) => {
                     self.complete(progress.completion);

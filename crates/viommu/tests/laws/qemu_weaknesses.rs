@@ -1,9 +1,10 @@
 //! What QEMU's notifiers got wrong, or get wrong still, each as a test of ours.
 
+use viommu::domain::{Found, Walk};
 use viommu::reader::Walker;
 use viommu::subscribe::{OutOfReach, Reach, Unreachable};
 use viommu::{
-    Access, FillError, Gpa, Interest, IovaRange, Mapping, Space, StepErrorKind, SubscribeError, Tables,
+    Access, FillError, Gpa, Interest, Iova, IovaRange, Mapping, Space, StepErrorKind, SubscribeError, Tables,
 };
 
 use crate::support::*;
@@ -174,7 +175,7 @@ fn a_fill_is_of_the_extent_and_never_of_its_neighbour() {
     let entry = cache.fill(at(5), Access::READ).unwrap();
     assert!(entry.range.covers(pages(5, 500)), "one entry a page would be slow: {entry:?}");
     // The last byte of an unmapped page.
-    let last = viommu::Iova(4 * PAGE - 1);
+    let last = Iova(4 * PAGE - 1);
     assert!(matches!(cache.fill(last, Access::READ), Err(FillError::Fault(_))));
 }
 
@@ -280,7 +281,7 @@ fn an_entry_that_a_replacement_frees_is_free_before_it_is_taken() {
 
 #[test]
 fn an_unmap_may_end_anywhere_in_a_hole_and_nowhere_else() {
-    let bytes = |start, last| IovaRange::new(viommu::Iova(start), viommu::Iova(last)).unwrap();
+    let bytes = |start, last| IovaRange::new(Iova(start), Iova(last)).unwrap();
     for tables in [Tables::Owned, Tables::OwnedCut] {
         let (iommu, _) = unit();
         let domain = iommu.create_domain(1, tables).unwrap();
@@ -353,4 +354,44 @@ fn small_pages_that_become_a_large_one_are_not_cut_at_its_end() {
     guest.set(&[rw(0, 11, 100)]);
     guest.sync(&domain, pages(0, 1));
     assert_eq!(m.held(), [rw(0, 11, 100)]);
+}
+
+/// A walk that looks at 4 pages at a time, and counts.
+struct Short<'g>(&'g Guest, usize);
+
+impl Walk for Short<'_> {
+    fn next(&mut self, from: Iova, last: Iova) -> Found {
+        self.1 += 1;
+        let pause = Iova((from.0 / 0x4000 + 1) * 0x4000);
+        match self.0.next(from, last.min(Iova(pause.0 - 1))) {
+            Some(m) => Found::Extent(m),
+            None if pause > last => Found::Nothing,
+            None => Found::NotYet(pause),
+        }
+    }
+}
+
+#[test]
+fn a_walk_that_pauses_ends_the_call_and_nothing_behind_the_pause_is_touched() {
+    let guest = Guest::default();
+    let (iommu, _) = unit();
+    let domain = iommu.create_domain(1, guest.tables()).unwrap();
+    let (_s, m) = mirror_on(&iommu, 1, Reach::default());
+    guest.set(&[rw(2, 9, 0), rw(40, 41, 100), rw(60, 60, 200)]);
+    guest.sync(&domain, pages(0, 99));
+    // The first crosses two pauses and goes, the second stays, the third has another target.
+    guest.set(&[rw(40, 41, 100), rw(60, 60, 300)]);
+    let mut rest = Some(pages(0, 99));
+    let mut calls = Vec::new();
+    while let Some(range) = rest {
+        let mut walk = Short(&guest, 0);
+        let progress = domain.sync(range, &mut walk, 100).unwrap();
+        over(progress.completion);
+        rest = progress.rest;
+        calls.push((m.held().len(), walk.1));
+        assert!(calls.len() < 100);
+    }
+    assert_eq!(calls[0], (2, 2), "one question for the start, one up to the pause");
+    assert!(calls.iter().all(|(held, asked)| *held == 2 && *asked <= 4), "{calls:?}");
+    assert_eq!(m.held(), [rw(40, 41, 100), rw(60, 60, 300)]);
 }

@@ -3,6 +3,7 @@
 mod endpoint;
 mod iommu;
 mod unit;
+mod vtd;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,22 +16,24 @@ use std::time::{Duration, Instant};
 use viommu::{Endpoint, EndpointConfig, Iommu};
 use viommu_vfio_user::virtio::{DriverState, status};
 use viommu_vfio_user::{
-    Device as VirtioDevice, Link, Server, Stopper, VirtioFunction, WindowLimits, Windows,
+    Device as VirtioDevice, Function, Link, Server, Stopper, VirtioFunction, WindowLimits, Windows,
 };
 use viommu_virtio::viot::Bdf;
 use viommu_virtio::{Config, EndpointPlan, VirtioIommu};
+use viommu_vtd::Vtd;
 
 use self::endpoint::{EndpointDevice, Engine};
 use self::iommu::IommuDevice;
 use self::unit::Unit;
+use self::vtd::{TableFile, VtdFunction};
 use super::control::Live;
 use super::control::protocol::Plugged;
 use super::device::Kind;
-use super::options::{Device, IommuPlan, ServePlan};
+use super::options::{Device, IommuPlan, Model, ServePlan, VtdPlan};
 use super::record::Recording;
 use super::snapshot::{self, Hex, Snapshot};
 use super::times::Times;
-use super::{qemu, snapshot::gather::nanos};
+use super::{qemu, snapshot::gather::nanos, viot};
 
 /// A driver of an IOMMU sends its requests one at a time, and waits for each: about as long as the way from one answer to
 /// the next kick.
@@ -45,6 +48,9 @@ pub(crate) enum MachineError {
     /// The IOMMU cannot be made so.
     #[error("the IOMMU: {0}")]
     Iommu(#[from] viommu_virtio::ConfigError),
+    /// The VT-d unit cannot be made so.
+    #[error("the VT-d unit: {0}")]
+    Vtd(#[from] viommu_vtd::ConfigError),
     /// Without an IOMMU.
     #[error("the record: {0}")]
     Record(#[from] viommu::BuildError),
@@ -65,7 +71,8 @@ struct Served {
     socket: PathBuf,
     stopper: Stopper,
     link: Link,
-    driver: DriverState,
+    /// Of a virtio device.
+    driver: Option<DriverState>,
     windows: Windows,
     thread: Option<JoinHandle<()>>,
 }
@@ -93,6 +100,8 @@ pub(crate) struct Machine {
     plan: ServePlan,
     unit: Unit,
     device: Option<VirtioIommu>,
+    /// The other IOMMU that there may be, and its client's memory.
+    vtd: Option<(Vtd, Windows)>,
     members: Mutex<BTreeMap<Bdf, Member>>,
     iommu: Mutex<Option<Served>>,
     recording: Option<Arc<Recording<File>>>,
@@ -105,12 +114,20 @@ impl Machine {
     /// # Errors
     /// See [`MachineError`]. Nothing is served then.
     pub(crate) fn start(plan: ServePlan) -> Result<Self, MachineError> {
-        let (unit, device) = match &plan.iommu {
-            Some(iommu) => {
-                let device = virtio_iommu(iommu)?;
-                (Unit::new(device.iommu().clone()), Some(device))
-            }
-            None => (Unit::new(Iommu::builder().bypass(true).build()?), None),
+        let limits = WindowLimits { allow_unsealed: plan.allow_unsealed_memory, ..WindowLimits::default() };
+        let (unit, device, vtd) = match &plan.iommu {
+            Some(iommu) => match &iommu.model {
+                Model::Virtio => {
+                    let device = virtio_iommu(iommu)?;
+                    (Unit::new(device.iommu().clone()), Some(device), None)
+                }
+                Model::Vtd(model) => {
+                    let windows = Windows::new(limits);
+                    let vtd = vtd_unit(iommu, model, &windows)?;
+                    (Unit::new(vtd.iommu().clone()), None, Some((vtd, windows)))
+                }
+            },
+            None => (Unit::new(Iommu::builder().bypass(true).build()?), None, None),
         };
         let recording = match (&plan.record, &device) {
             (Some(path), Some(device)) => {
@@ -123,9 +140,19 @@ impl Machine {
             _ => None,
         };
         let (members, iommu, started) = (Mutex::default(), Mutex::default(), Instant::now());
-        let machine = Self { plan, unit, device, members, iommu, recording, started };
+        let machine = Self { plan, unit, device, vtd, members, iommu, recording, started };
         for device in machine.plan.devices.clone() {
             machine.add(device)?;
+        }
+        if let (Some((vtd, windows)), Some(iommu)) = (&machine.vtd, &machine.plan.iommu) {
+            let (path, address) = (machine.plan.table_file(), iommu.address);
+            let (plan, written) = viot::dmar_plan(&machine.plan).unzip();
+            let table = TableFile { path, plan: plan.unwrap_or_default(), written: written.flatten() };
+            let unit = machine.unit.clone();
+            let function = VtdFunction::new(vtd.clone(), address, unit, windows.clone(), table)?;
+            let socket = machine.plan.iommu_socket();
+            let served = serve_function(function, None, windows.clone(), socket, machine.limits(), address)?;
+            *machine.iommu() = Some(served);
         }
         if let (Some(device), Some(plan)) = (&machine.device, &machine.plan.iommu) {
             let windows = Windows::new(machine.limits());
@@ -177,7 +204,7 @@ impl Machine {
         endpoint: &Endpoint,
     ) -> Result<Served, MachineError> {
         let windows = Windows::new(self.limits());
-        let behind = self.device.is_some();
+        let behind = self.plan.iommu.is_some();
         let unit = self.unit.clone();
         let device = EndpointDevice::new(address, engine.clone(), times, endpoint, unit, &windows, behind)?;
         serve(device, windows, self.plan.socket(address), self.limits(), address)
@@ -185,6 +212,9 @@ impl Machine {
 
     fn add_endpoint(&self, address: Bdf) -> Result<Endpoint, String> {
         let id = u32::from(u16::from(address));
+        if let Some((vtd, _)) = &self.vtd {
+            return vtd.add_endpoint(address.into()).map_err(|why| why.to_string());
+        }
         match (&self.device, &self.plan.iommu) {
             (Some(device), Some(iommu)) => {
                 let plan = EndpointPlan::default();
@@ -199,9 +229,10 @@ impl Machine {
 
     fn remove_endpoint(&self, address: Bdf) {
         let id = u32::from(u16::from(address));
-        let removed = match &self.device {
-            Some(device) => device.remove_endpoint(id).map_err(|why| why.to_string()),
-            None => match self.unit.iommu().endpoint(id) {
+        let removed = match (&self.device, &self.vtd) {
+            (_, Some((vtd, _))) => vtd.remove_endpoint(address.into()).map_err(|why| why.to_string()),
+            (Some(device), None) => device.remove_endpoint(id).map_err(|why| why.to_string()),
+            (None, None) => match self.unit.iommu().endpoint(id) {
                 Some(endpoint) => endpoint.remove().map_err(|why| why.to_string()),
                 None => return,
             },
@@ -236,6 +267,22 @@ impl Machine {
     }
 }
 
+fn vtd_unit(plan: &IommuPlan, model: &VtdPlan, windows: &Windows) -> Result<Vtd, MachineError> {
+    let mut builder = Iommu::builder();
+    if let Some(mappings) = plan.max_mappings {
+        builder = builder.mappings(mappings);
+    }
+    if let Some(domains) = plan.max_domains {
+        builder = builder.domains(domains);
+    }
+    let config = viommu_vtd::Config {
+        caching_mode: model.caching_mode,
+        host_bits: viot::HOST_BITS.into(),
+        ..viommu_vtd::Config::default()
+    };
+    Ok(Vtd::new(builder, windows.clone(), config)?)
+}
+
 fn virtio_iommu(plan: &IommuPlan) -> Result<VirtioIommu, MachineError> {
     let mut builder = Iommu::builder();
     if let Some(mappings) = plan.max_mappings {
@@ -263,7 +310,18 @@ fn serve(
     address: Bdf,
 ) -> Result<Served, MachineError> {
     let function = VirtioFunction::new(device, windows.clone());
-    let driver = function.driver_state();
+    let driver = Some(function.driver_state());
+    serve_function(function, driver, windows, socket, limits, address)
+}
+
+fn serve_function(
+    function: impl Function + 'static,
+    driver: Option<DriverState>,
+    windows: Windows,
+    socket: PathBuf,
+    limits: WindowLimits,
+    address: Bdf,
+) -> Result<Served, MachineError> {
     let mut server = Server::bind(&socket, function, limits)?.busy_poll(BUSY_POLL);
     let (stopper, link) = (server.stopper(), server.link());
     let run = move || {
@@ -286,8 +344,8 @@ impl Served {
             socket: self.socket.display().to_string(),
             connected: self.link.is_connected(),
             connections: self.link.clients(),
-            driver_ready: self.driver.status() & status::DRIVER_OK != 0,
-            features: Hex(self.driver.features()),
+            driver_ready: self.driver.as_ref().is_some_and(|driver| driver.status() & status::DRIVER_OK != 0),
+            features: Hex(self.driver.as_ref().map_or(0, DriverState::features)),
             memory: snapshot::Windows {
                 windows: count(memory.len()),
                 bytes: memory.iter().map(|window| window.size).sum(),
@@ -301,10 +359,18 @@ impl Served {
 
 impl Live for Machine {
     fn snapshot(&self, mappings: bool) -> Snapshot {
-        let function = self.iommu().as_ref().map(|served| served.state("virtio-iommu".into()));
-        let iommu = self.device.as_ref().zip(function);
-        let iommu =
-            iommu.map(|(device, function)| snapshot::Iommu::of(device, function, self.started, mappings));
+        let model = self.plan.iommu.as_ref().map(|iommu| iommu.model.to_string()).unwrap_or_default();
+        let function = self.iommu().as_ref().map(|served| served.state(model));
+        let iommu = function.and_then(|function| match (&self.device, &self.vtd) {
+            (Some(device), _) => Some(snapshot::Iommu::of(device, function, self.started, mappings)),
+            (None, Some((vtd, _))) => {
+                let driver_ready = vtd.is_translating();
+                let function = snapshot::Function { driver_ready, ..function };
+                Some(snapshot::Iommu::of_vtd(vtd, function, mappings))
+            }
+            (None, None) => None,
+        });
+        let record = self.plan.iommu.as_ref().map(|_| self.unit.iommu());
         let members = self.members();
         let endpoints = members.iter().map(|(address, member)| {
             let function = snapshot::Function {
@@ -312,7 +378,7 @@ impl Live for Machine {
                 counters: member.engine.counters(),
                 ..member.served.state(member.device.kind.to_string())
             };
-            snapshot::Endpoint::of(self.device.as_ref(), u32::from(u16::from(*address)), function)
+            snapshot::Endpoint::of(record, u32::from(u16::from(*address)), function)
         });
         Snapshot {
             version: env!("CARGO_PKG_VERSION").into(),

@@ -207,3 +207,39 @@ fn names_of_sockets_are_by_address() {
     assert_eq!(name(plan.control_socket()), "control.sock");
     assert_eq!(name(plan.viot_file()), "viot.bin");
 }
+
+#[test]
+fn a_vtd_unit_has_options_of_its_own_and_none_of_the_virtio_iommu() {
+    let vtd = |text: &str| plan(&["--iommu", text]).map(|plan| plan.iommu.unwrap());
+    let iommu = vtd("vtd@00:04.0").unwrap();
+    assert_eq!(iommu.address, Bdf(0x20));
+    assert_eq!(iommu.model, Model::Vtd(VtdPlan { caching_mode: true, base: None }));
+    let iommu = vtd("vtd@00:01.0,caching-mode=off,base=0xfebfc000").unwrap();
+    assert_eq!(iommu.model, Model::Vtd(VtdPlan { caching_mode: false, base: Some(0xfebf_c000) }));
+    for wrong in [
+        "vtd@",
+        "vtd@00:01.1",
+        "vtd@00:1f.0",
+        "vtd@00:01.0,",
+        "vtd@00:01.0,caching-mode",
+        "vtd@00:01.0,caching-mode=maybe",
+        "vtd@00:01.0,base=0xfebfc001",
+        "vtd@00:01.0,base=0",
+        "vtd@00:01.0,granule=4K",
+        "amd@00:01.0",
+    ] {
+        assert!(vtd(wrong).is_err(), "{wrong}");
+    }
+    for other in [
+        ["--bypass", "off"],
+        ["--page-sizes", "4K"],
+        ["--aperture", "0-0xfff"],
+        ["--reserved", "none"],
+        ["--record", "f"],
+    ] {
+        assert!(plan(&[&["--iommu", "vtd@00:01.0"], &other[..]].concat()).is_err(), "{other:?}");
+    }
+    assert!(plan(&["--iommu", "vtd@00:01.0", "--endpoint", "01:00.0-01:1f.7=hotplug"]).is_err());
+    let plan = plan(&["--iommu", "vtd@00:01.0"]).unwrap();
+    assert!(plan.table_file().ends_with("dmar.bin") && plan.viot_file().ends_with("viot.bin"));
+}

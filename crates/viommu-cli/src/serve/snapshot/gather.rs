@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use viommu::{FaultReason, IovaRange};
 use viommu_virtio::VirtioIommu;
+use viommu_vtd::Vtd;
 
 use super::{Domain, Endpoint, Fault, Faults, Function, Hex, Histogram, Iommu, Mapping, Requests, View};
 use crate::judge::{REQUESTS, STATUSES};
@@ -61,6 +62,40 @@ impl Iommu {
     }
 }
 
+impl Iommu {
+    /// Asks a VT-d unit. What it was told counts as requests; its faults are in its registers, for the driver.
+    pub(crate) fn of_vtd(vtd: &Vtd, function: Function, mappings: bool) -> Self {
+        let record = vtd.iommu();
+        let metrics = vtd.metrics();
+        let requests = [
+            ("contexts", metrics.context_invalidations),
+            ("pages", metrics.page_invalidations),
+            ("domains", metrics.wide_invalidations),
+            ("device TLB", metrics.device_tlb_invalidations),
+            ("wait", metrics.waits),
+        ];
+        let requests = requests.into_iter().filter(|(_, count)| *count != 0).map(|(request, count)| {
+            Requests { request: request.to_owned(), status: "done".to_owned(), count }
+        });
+        let lost = metrics.faults_lost.saturating_add(metrics.faults_collapsed);
+        Self {
+            function,
+            bypass: record.bypass(),
+            domains: record
+                .domains()
+                .iter()
+                .map(|(id, domain)| Domain::of(*id, domain, record, mappings))
+                .collect(),
+            requests: requests.collect(),
+            malformed: metrics.queue_errors,
+            outstanding: count(record.outstanding()),
+            faults: Faults { mapping: metrics.faults, reported: metrics.faults, lost, ..Faults::default() },
+            table_bytes: record.table_bytes(),
+            ..Self::default()
+        }
+    }
+}
+
 impl Domain {
     fn of(id: u32, domain: &viommu::Domain, record: &viommu::Iommu, mappings: bool) -> Self {
         let list = mappings.then(|| {
@@ -89,11 +124,11 @@ impl Domain {
 
 impl Endpoint {
     /// Asks the IOMMU what the device at the function sees; without one it sees all of memory.
-    pub(crate) fn of(device: Option<&VirtioIommu>, id: u32, function: Function) -> Self {
-        let Some(device) = device else {
+    pub(crate) fn of(record: Option<&viommu::Iommu>, id: u32, function: Function) -> Self {
+        let Some(record) = record else {
             return Self { function, id, view: View::Untranslated, ..Self::default() };
         };
-        let endpoint = device.endpoint(id);
+        let endpoint = record.endpoint(id);
         let view = match endpoint.as_ref().and_then(viommu::Endpoint::view) {
             None | Some(viommu::View::Blocked) => View::Blocked,
             Some(viommu::View::Identity) => View::Identity,

@@ -207,7 +207,7 @@ fn of_a_device_gives_what_a_driver_has_done() {
     let short = Iommu::of(&device, Function::default(), started, false);
     assert_eq!((short.domains[0].live, &short.domains[0].mappings), (2, &None));
 
-    let seen = |id| Endpoint::of(Some(&device), id, Function::default());
+    let seen = |id| Endpoint::of(Some(device.iommu()), id, Function::default());
     assert_eq!((seen(0x10).view, seen(0x10).batches, seen(0x18).view), (View::Domain(7), 1, View::Identity));
     assert_eq!(Endpoint::of(None, 0x10, Function::default()).view, View::Untranslated);
 }

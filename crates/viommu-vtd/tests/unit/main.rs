@@ -1,0 +1,11 @@
+//! The unit as a driver and its devices find it.
+#![expect(clippy::cast_possible_truncation, reason = "numbers of the tests' own")]
+
+mod bounds;
+mod faults;
+mod hostile;
+mod lazy;
+mod mirrors;
+mod random;
+mod registers;
+mod rig;
