@@ -116,33 +116,28 @@ struct Ours {
     classes: Vec<u64>,
 }
 
-/// QEMU's own, of two boots: in the second, each request has one line more in the trace.
+/// QEMU's own, of two boots: in the second, each request writes one line more to the trace.
 struct Qemu {
-    requests: f64,
-    /// The same of MAPs and UNMAPs.
+    /// MAPs, UNMAPs, and all requests, for each request of the disk.
     maps: f64,
     unmaps: f64,
-    /// Requests of one kick.
-    batch: f64,
-    /// Microseconds from kick to last answer, with the time that the trace itself takes.
-    traced: f64,
-    traced_more: f64,
+    requests: f64,
+    /// The share of kicks that had more than one request, and are not timed.
+    several: f64,
+    one_line: stamps::Times,
+    two_lines: stamps::Times,
 }
 
 impl Qemu {
-    /// What a line of the trace costs.
-    fn line(&self) -> f64 {
-        (self.traced_more - self.traced) / self.batch
+    /// What is left without lines, for all requests of one of the disk: as the two boots have it, the smaller first.
+    fn estimates(&self) -> (f64, f64) {
+        let (one, two) = (self.one_line.left * self.requests, self.two_lines.left * self.requests);
+        (one.min(two), one.max(two))
     }
 
-    /// Without the lines: as many as requests are between the two stamps, the kick's and all but the last one's.
-    fn untraced(&self) -> f64 {
-        self.traced - self.line() * self.batch
-    }
-
-    /// All requests of one request of the disk.
-    fn sum(&self, kick: f64) -> f64 {
-        kick * self.requests / self.batch
+    /// The same with the lines of the first boot.
+    fn most(&self) -> f64 {
+        self.one_line.traced * self.requests
     }
 }
 
@@ -299,14 +294,14 @@ fn qemu(run: &Run<'_>) -> anyhow::Result<Qemu> {
     };
     let (less, small) = kicks(false)?;
     let (more, small_more) = kicks(true)?;
-    let middle = |micros: &[f64]| stats::middle_mean(micros).context("no kicks");
+    let (single, several) = (less.single.len() as f64, less.several as f64);
     Ok(Qemu {
-        requests: less.all() as f64 / small,
         maps: more.maps as f64 / small_more,
         unmaps: more.unmaps as f64 / small_more,
-        batch: less.all() as f64 / less.requests.len() as f64,
-        traced: middle(&less.micros)?,
-        traced_more: middle(&more.micros)?,
+        requests: less.requests as f64 / small,
+        several: several / (single + several),
+        one_line: less.times(1.0).context("no kick of one request")?,
+        two_lines: more.times(2.0).context("no kick of one request")?,
     })
 }
 

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::{
     A_LAZY, A_STRICT, B_LAZY, B_STRICT, Boot, C, D, DISK, Figures, LARGE, Qemu, SETUPS, SMALL, WORK,
+    stamps::Times,
     stats::{Median, Spread},
 };
 
@@ -129,21 +130,26 @@ fn inside(text: &mut String, figures: &Figures) {
         Ok(qemu) => {
             let _ = writeln!(
                 text,
-                "- QEMU: {:.2} requests ({:.2} MAPs + {:.2} UNMAPs), {:.2} a kick; the middle of one \
-                 kick by its stamps, from when its queue's handler begins to before the last used index is \
-                 written, is {:.2} us with one line of trace a request, {:.2} us with two: a \
-                 line costs {:.2} us, without any {:.2} us are left; all: {:.1} us without lines, \
-                 {:.1} us with one each",
-                qemu.requests,
+                "- QEMU: {:.2} MAPs + {:.2} UNMAPs ({:.2} requests in all; {:.0} % of kicks have several and are not \
+                 timed); one kick, by its stamps, from when its queue's handler begins to before its answer is given \
+                 back:",
                 qemu.maps,
                 qemu.unmaps,
-                qemu.batch,
-                qemu.traced,
-                qemu.traced_more,
-                qemu.line(),
-                qemu.untraced(),
-                qemu.sum(qemu.untraced()),
-                qemu.sum(qemu.traced),
+                qemu.requests,
+                qemu.several * 100.0
+            );
+            for (lines, times) in [("one line", qemu.one_line), ("two lines", qemu.two_lines)] {
+                let _ = writeln!(
+                    text,
+                    "  - with {lines} of trace in it {:.2} us; a line takes {:.2} us; {:.2} us are left",
+                    times.traced, times.line, times.left
+                );
+            }
+            let (low, high) = qemu.estimates();
+            let _ = writeln!(
+                text,
+                "  - all: at most {:.1} us, by estimate without lines {low:.1} to {high:.1} us",
+                qemu.most()
             );
             let _ = writeln!(text, "- at most QEMU's: {}", verdict(ours.sum, qemu));
         }
@@ -153,15 +159,23 @@ fn inside(text: &mut String, figures: &Figures) {
     }
 }
 
-/// Ours is sure to a factor of two and known better by an estimate, QEMU's to what its trace costs.
+/// QEMU's is sure only to be at most what it takes with the trace. Without, it is an estimate, good for an answer only
+/// if both boots give one above zero and they agree within a factor of two.
 fn verdict(ours: Option<Median>, qemu: &Qemu) -> &'static str {
-    let (least, most) = (qemu.sum(qemu.untraced()), qemu.sum(qemu.traced));
-    match ours {
-        Some(ours) if ours.most <= least => "met",
-        Some(ours) if ours.least > most => "missed",
-        Some(ours) if ours.about <= least => "met by our estimate; its class goes beyond QEMU's",
-        Some(_) => "cannot be told: what ours may be and what QEMU's may be overlap",
-        None => "cannot be told",
+    let (low, high) = qemu.estimates();
+    let Some(ours) = ours else {
+        return "cannot be told: the times of ours do not say";
+    };
+    if ours.least > qemu.most() {
+        "missed"
+    } else if low <= 0.0 || high > 2.0 * low {
+        "cannot be told: the lines of QEMU's trace take too much of what its stamps show"
+    } else if ours.most <= low {
+        "met by estimate"
+    } else if ours.least > high {
+        "missed by estimate"
+    } else {
+        "cannot be told: what ours may be and the estimate of QEMU's overlap"
     }
 }
 
@@ -198,17 +212,17 @@ pub(super) fn json(figures: &Figures) -> Value {
     let median = |median: Option<Median>| {
         median.map(|median| json!({ "about": median.about, "from": median.least, "to": median.most }))
     };
+    let times = |times: Times| json!({ "traced": times.traced, "line": times.line, "left": times.left });
     let qemu = match &figures.inside.qemu {
         Ok(qemu) => json!({
-            "requests": qemu.requests,
             "maps": qemu.maps,
             "unmaps": qemu.unmaps,
-            "requests_of_a_kick": qemu.batch,
-            "kick_micros_one_line_a_request": qemu.traced,
-            "kick_micros_two_lines_a_request": qemu.traced_more,
-            "kick_micros_without_lines": qemu.untraced(),
-            "sum_micros_without_lines": qemu.sum(qemu.untraced()),
-            "sum_micros_one_line_a_request": qemu.sum(qemu.traced),
+            "requests": qemu.requests,
+            "share_of_kicks_not_timed": qemu.several,
+            "one_line_micros": times(qemu.one_line),
+            "two_lines_micros": times(qemu.two_lines),
+            "sum_micros_at_most": qemu.most(),
+            "sum_micros_by_estimate": qemu.estimates(),
             "goal": verdict(ours.sum, qemu),
         }),
         Err(error) => json!({ "error": format!("{error:#}") }),
@@ -245,16 +259,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn verdict_is_one_only_where_the_ranges_do_not_overlap() {
-        // Eight requests, one a kick: 8 x 2 us without lines, 8 x 3 us with.
-        let qemu = Qemu { requests: 8.0, maps: 4.0, unmaps: 4.0, batch: 1.0, traced: 3.0, traced_more: 4.0 };
-        assert_eq!((qemu.line(), qemu.untraced(), qemu.sum(qemu.untraced())), (1.0, 2.0, 16.0));
-        assert!(verdict(None, &qemu).starts_with("cannot be told"));
-        let verdict = |least, about| verdict(Some(Median { least, most: 2.0 * least, about }), &qemu);
-        assert_eq!(verdict(8.0, 12.0), "met");
-        assert_eq!(verdict(25.0, 30.0), "missed");
-        assert!(verdict(10.0, 11.0).starts_with("met by our estimate"));
-        assert!(verdict(10.0, 17.0).starts_with("cannot be told"));
+    fn verdict_is_one_only_where_the_stamps_allow_it() {
+        let times = |left| Times { traced: 5.0, line: 2.0, left };
+        let told = |least: f64, (one, two): (f64, f64)| {
+            let (one_line, two_lines) = (times(one), times(two));
+            let qemu = Qemu { maps: 4.0, unmaps: 4.0, requests: 8.0, several: 0.0, one_line, two_lines };
+            verdict(Some(Median { least, most: 2.0 * least, about: 1.5 * least }), &qemu)
+        };
+        // All of QEMU's: by estimate 8 to 16 us, at most 40 us.
+        assert_eq!(told(4.0, (2.0, 1.0)), "met by estimate");
+        assert!(told(5.0, (2.0, 1.0)).contains("overlap"));
+        assert_eq!(told(17.0, (2.0, 1.0)), "missed by estimate");
+        assert_eq!(told(41.0, (2.0, 1.0)), "missed");
+        assert_eq!(told(41.0, (2.0, -1.0)), "missed", "sure without the estimate");
+        assert!(told(0.1, (2.0, -1.0)).contains("lines"), "below zero is no estimate");
+        assert!(told(0.1, (2.1, 1.0)).contains("lines"), "two that do not agree are none");
     }
 
     #[test]
