@@ -112,7 +112,6 @@ mod journal;
 mod log;
 mod metrics;
 mod queue;
-mod rate;
 #[cfg(all(test, shuttle))]
 mod shuttle_tests;
 pub mod spec;

@@ -36,7 +36,6 @@ mod memory;
 mod metrics;
 mod paging;
 #[cfg(feature = "tracing")]
-mod rate;
 mod space;
 pub mod spec;
 mod sync;

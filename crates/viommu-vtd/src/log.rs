@@ -5,7 +5,7 @@ mod limited {
     use std::sync::{Mutex, PoisonError};
     use std::time::Instant;
 
-    use crate::rate::Bucket;
+    use viommu::rate::Bucket;
 
     /// Whether a guest-caused event may be said now; one limit for all units of the process.
     pub(super) fn may_say() -> bool {

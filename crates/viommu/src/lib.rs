@@ -118,6 +118,7 @@ mod iommu;
 #[cfg(not(loom))]
 pub mod mapping;
 mod quiesce;
+pub mod rate;
 #[cfg(not(loom))]
 pub mod reader;
 #[cfg(not(loom))]

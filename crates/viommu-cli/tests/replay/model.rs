@@ -8,25 +8,27 @@ use crate::common::{num, replay, viommu, without_model};
 use crate::{RW, small};
 use serde_json::Value;
 
+/// With mirrors that fail, and that are small.
+const ARGUMENTS: [&[&str]; 5] = [
+    &[],
+    &["--fail-map", "10"],
+    &["--fail-unmap", "50"],
+    &["--fail-map", "7", "--fail-unmap", "13", "--unfence"],
+    &["--limit-entries", "10"],
+];
+
+/// The built-in history through a model.
+fn with(model: &str, args: &[&str]) -> Value {
+    let all = [&["replay", "--format=json", "--model", model], args].concat();
+    let run = viommu(&all, b"");
+    assert_eq!(run.status, 0, "{all:?}: {}", run.err);
+    run.json()
+}
+
 #[test]
 fn a_device_comes_to_the_same_in_the_built_in_history() {
-    for args in [
-        &[][..],
-        &["--fail-map", "10"],
-        &["--fail-unmap", "50"],
-        &["--fail-map", "7", "--fail-unmap", "13", "--unfence"],
-        &["--limit-entries", "10"],
-    ] {
-        let with = |model: &str| {
-            let all: Vec<&str> = ["replay", "--format=json", "--model", model]
-                .into_iter()
-                .chain(args.iter().copied())
-                .collect();
-            let run = viommu(&all, b"");
-            assert_eq!(run.status, 0, "{all:?}: {}", run.err);
-            run.json()
-        };
-        let (direct, device) = (with("direct"), with("virtio-iommu"));
+    for args in ARGUMENTS {
+        let (direct, device) = (with("direct", args), with("virtio-iommu", args));
         assert_eq!(without_model(direct.clone()), without_model(device.clone()), "{args:?}");
         assert_eq!(
             (&direct["model"]["name"], &device["model"]["name"]),
@@ -114,23 +116,8 @@ fn a_device_comes_to_the_same_where_the_log_does_otherwise() {
 
 #[test]
 fn tce_tables_come_to_the_same_in_the_built_in_history() {
-    for args in [
-        &[][..],
-        &["--fail-map", "10"],
-        &["--fail-unmap", "50"],
-        &["--fail-map", "7", "--fail-unmap", "13", "--unfence"],
-        &["--limit-entries", "10"],
-    ] {
-        let with = |model: &str| {
-            let all: Vec<&str> = ["replay", "--format=json", "--model", model]
-                .into_iter()
-                .chain(args.iter().copied())
-                .collect();
-            let run = viommu(&all, b"");
-            assert_eq!(run.status, 0, "{all:?}: {}", run.err);
-            run.json()
-        };
-        let (direct, tables) = (with("direct"), with("spapr-tce"));
+    for args in ARGUMENTS {
+        let (direct, tables) = (with("direct", args), with("spapr-tce", args));
         assert_eq!(without_model(direct.clone()), without_model(tables.clone()), "{args:?}");
         assert_eq!(tables["model"]["name"], "spapr-tce");
         let answers = |calls: &[&str], code: &str| -> u64 {

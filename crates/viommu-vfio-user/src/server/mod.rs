@@ -8,7 +8,7 @@ pub(crate) mod session;
 mod version;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -212,13 +212,13 @@ impl<F: Function> Server<F> {
         }
         let listener = rest.is_none().then_some(&self.listener);
         let events = self.function.events();
-        let mut watched: Vec<BorrowedFd<'_>> = vec![self.stop.0.event.as_fd()];
-        watched.extend(events.iter().copied());
-        let after = watched.len();
-        watched.extend(client.map(AsFd::as_fd));
-        watched.extend(listener.map(AsFd::as_fd));
-        let mut polled: Vec<_> =
-            watched.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+        let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        let mut polled = Vec::with_capacity(events.len().saturating_add(3));
+        polled.push(watch(self.stop.0.event.as_fd()));
+        polled.extend(events.into_iter().map(watch));
+        let after = polled.len();
+        polled.extend(client.map(|client| watch(client.as_fd())));
+        polled.extend(listener.map(|listener| watch(listener.as_fd())));
         let most = rest.and_then(|rest| Timespec::try_from(rest).ok());
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         let mut ready = Ok(0);

@@ -11,9 +11,9 @@ use viommu::{Access, EndpointId, FaultReason};
 use zerocopy::little_endian::{U32, U64};
 
 use crate::metrics::{Counters, bump};
-use crate::rate::Bucket;
 use crate::spec::event::{self, FaultFlags};
 use crate::sync::{self, Mutex};
+use viommu::rate::Bucket;
 
 pub use queue::EventQueue;
 

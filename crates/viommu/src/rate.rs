@@ -1,10 +1,11 @@
-//! How often something may be said: a token bucket.
+//! How often something may be said: a token bucket, for models and embedders. What a guest can cause again and again must
+//! not fill a log.
 
 use std::time::Instant;
 
 /// So many at once and so many a second. Takes the time from its caller.
 #[derive(Debug)]
-pub(crate) struct Bucket {
+pub struct Bucket {
     per_second: u32,
     burst: u32,
     /// In billionths.
@@ -15,12 +16,14 @@ pub(crate) struct Bucket {
 const ONE: u64 = 1_000_000_000;
 
 impl Bucket {
-    pub(crate) fn new(per_second: u32, burst: u32) -> Self {
+    /// `burst` at once, and `per_second` more in each second.
+    #[must_use]
+    pub fn new(per_second: u32, burst: u32) -> Self {
         Self { per_second, burst, tokens: u64::from(burst).saturating_mul(ONE), last: None }
     }
 
     /// Whether one more may be said now.
-    pub(crate) fn take(&mut self, now: Instant) -> bool {
+    pub fn take(&mut self, now: Instant) -> bool {
         let since = self.last.map_or(0, |last| now.saturating_duration_since(last).as_nanos());
         let since = u64::try_from(since).unwrap_or(u64::MAX);
         let full = u64::from(self.burst).saturating_mul(ONE);
