@@ -35,7 +35,6 @@ mod log;
 mod memory;
 mod metrics;
 mod paging;
-#[cfg(feature = "tracing")]
 mod space;
 pub mod spec;
 mod sync;
