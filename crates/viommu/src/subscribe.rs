@@ -187,7 +187,8 @@ pub enum RefusalKind {
     Unsupported,
     /// The host failed.
     Device,
-    /// A [`Mirror::replace`] has left neither `old` nor `new`: the mirror is fenced.
+    /// A [`Mirror::replace`] has left neither `old` nor `new`, or a [`Mirror::map`] some of the extent: the mirror is
+    /// fenced.
     Lost,
 }
 
@@ -246,8 +247,8 @@ pub trait Mirror: Send {
     /// Holds `extent` from now on. Nothing that it holds overlaps it.
     ///
     /// # Errors
-    /// A refusal leaves nothing of the extent behind; the step takes back what it added anywhere. A pending ack that
-    /// is answered with a failure later fences the mirror.
+    /// A refusal leaves nothing of the extent behind, but for [`RefusalKind::Lost`]; the step takes back what it added
+    /// anywhere. A pending ack that is answered with a failure later fences the mirror.
     fn map(&mut self, extent: &Mapping) -> Result<Ack, Refused>;
 
     /// Drops every extent inside `range`; none sticks out of it.

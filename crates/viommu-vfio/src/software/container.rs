@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use viommu::{Access, Iova, IovaRange};
 
 use super::dirty::{Bitmap, DirtyScope, MAX_DIRTY_BITMAP_BYTES, Tracked};
-use super::errno::Errno;
+use crate::errno::Errno;
 
 /// Linux's default of the module parameter `dma_entry_limit`: mappings that one container can hold.
 pub const DEFAULT_DMA_ENTRY_LIMIT: u32 = 65535;

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use viommu::Access;
 
 use super::container::Container;
-use super::errno::Errno;
+use crate::errno::Errno;
 
 /// Pages that one dirty bitmap can have at most.
 pub const MAX_DIRTY_BITMAP_PAGES: u64 = i32::MAX as u64;

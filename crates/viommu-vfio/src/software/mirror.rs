@@ -3,18 +3,14 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
-use viommu::subscribe::{
-    DirtyBitmap, FenceFailed, Mirror, OutOfReach, Reach, RefusalKind, Refused, Unmapped,
-};
+use viommu::subscribe::{FenceFailed, Mirror, OutOfReach, Reach, RefusalKind, Refused, Unmapped};
 use viommu::{Ack, Gpa, Iova, IovaRange, Mapping, Target};
 
 use super::container::{Container, Dma, MapDma, UnmapDma, UnmapFlags};
 use super::dirty::Bitmap;
-use super::errno::Errno;
 use super::lock;
-
-/// Bits of the one dirty bitmap that an unmap answers with; past that, a bit stands for more than one page.
-const MAX_UNMAP_BITS: u64 = 1 << 24;
+use crate::coarse::Coarse;
+use crate::errno::Errno;
 
 /// A [`Mirror`] over a [`Container`] that the embedder keeps a handle to.
 ///
@@ -174,29 +170,6 @@ fn unmap_with_dirty_pages(container: &mut Container, range: IovaRange) -> Result
         bitmap.dirty().for_each(|n| dirty.set(iova + n * page));
     }
     Ok(Unmapped { bytes, dirty: Some(dirty.0), ack: Ack::Done })
-}
-
-/// A dirty bitmap of bounded size over any range: where the range is wide, a bit stands for several pages.
-struct Coarse(DirtyBitmap);
-
-impl Coarse {
-    fn new(hull: IovaRange, page: u64) -> Self {
-        let mut page_size = page;
-        let bits = |page_size: u64| (hull.last().0 / page_size) - (hull.start().0 / page_size) + 1;
-        while bits(page_size) > MAX_UNMAP_BITS {
-            page_size <<= 1; // ends below 2^63: 24 bits are left above it
-        }
-        let start = Iova(hull.start().0 & !(page_size - 1));
-        let words = usize::try_from(bits(page_size).div_ceil(64)).unwrap_or(0);
-        Self(DirtyBitmap { start, page_size, words: vec![0; words] })
-    }
-
-    fn set(&mut self, iova: u64) {
-        let bit = iova.saturating_sub(self.0.start.0) / self.0.page_size;
-        if let Some(word) = usize::try_from(bit / 64).ok().and_then(|n| self.0.words.get_mut(n)) {
-            *word |= 1 << (bit % 64);
-        }
-    }
 }
 
 #[cfg(test)]

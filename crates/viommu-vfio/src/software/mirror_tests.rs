@@ -1,4 +1,5 @@
 use viommu::Access;
+use viommu::subscribe::DirtyBitmap;
 
 use super::*;
 use crate::software::container::{Config, Reached};

@@ -36,17 +36,16 @@
 mod container;
 mod deferred;
 mod dirty;
-mod errno;
 mod failing;
 mod mirror;
 
+pub use crate::errno::Errno;
 pub use container::{
     Config, Container, DEFAULT_DMA_ENTRY_LIMIT, Dma, HostRange, Info, MapDma, MapFlags, Reached, UnmapDma,
     UnmapFlags,
 };
 pub use deferred::{Acks, Deferred, Later};
 pub use dirty::{Bitmap, DirtyScope, MAX_DIRTY_BITMAP_BYTES, MAX_DIRTY_BITMAP_PAGES};
-pub use errno::Errno;
 pub use failing::{Call, Counts, Failing, Fault, Faults, MAX_KEPT_FAULTS, Plan, When};
 pub use mirror::SoftwareMirror;
 

@@ -234,7 +234,7 @@ impl MirrorSeat {
     pub(crate) fn add(&mut self, piece: &Mapping, done: &mut Completion) -> Added {
         if self.lens.straight && piece.target == Target::Ram && self.is_behind(piece) {
             self.begin();
-            return self.map_one(piece, done).map_err(AddError::refused);
+            return self.map_one(piece, done).map_err(|refused| AddError::refused(piece, refused));
         }
         self.add_clipped(piece, done)
     }
@@ -250,7 +250,7 @@ impl MirrorSeat {
         let mut outcome = Ok(());
         for (at, extent) in extents.iter().enumerate() {
             self.begin();
-            outcome = self.map_one(extent, done).map_err(AddError::refused);
+            outcome = self.map_one(extent, done).map_err(|refused| AddError::refused(extent, refused));
             if outcome.is_err() {
                 for undo in extents.get(..at).unwrap_or_default() {
                     let undone = self.unmap_one(undo.range, core::slice::from_ref(undo), done, &mut None);
@@ -308,11 +308,7 @@ impl MirrorSeat {
             }
             Err(refused) => {
                 self.counts.refused += 1;
-                Err(if refused.kind == RefusalKind::Lost {
-                    AddError::Fence(format!("{} is lost: {refused}", old.range).into()).into()
-                } else {
-                    AddError::refused(refused.into())
-                })
+                Err(AddError::refused(old, refused.into()))
             }
         }
     }
@@ -444,8 +440,12 @@ fn removed_otherwise(range: IovaRange, bytes: u128, expected: u128) -> Failure {
 }
 
 impl AddError {
-    fn refused(refused: Box<Refused>) -> Box<Self> {
-        Self::Refused(refused).into()
+    fn refused(extent: &Mapping, refused: Box<Refused>) -> Box<Self> {
+        let lost = |refused: &Refused| format!("{} is lost: {refused}", extent.range).into();
+        match refused.kind {
+            RefusalKind::Lost => Self::Fence(lost(&refused)).into(),
+            _ => Self::Refused(refused).into(),
+        }
     }
 }
 

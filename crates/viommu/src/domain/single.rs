@@ -8,7 +8,7 @@ use crate::error::StepErrorKind;
 use crate::mapping::{Mapping, Target};
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
-use crate::subscribe::Refused;
+use crate::subscribe::{RefusalKind, Refused};
 use crate::table::PAGE;
 
 impl DomainState {
@@ -40,6 +40,10 @@ impl DomainInner {
                 if seat.is_direct()
                     && let Err(refused) = seat.map_one(new, done)
                 {
+                    if refused.kind == RefusalKind::Lost {
+                        self.fence_seat(seat, &format!("{} is lost: {refused}", new.range), done);
+                        continue;
+                    }
                     return Err(self.take_back(state, new, at, *refused, done));
                 }
             }

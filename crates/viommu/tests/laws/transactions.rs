@@ -1,6 +1,6 @@
 //! L3, L4, L6: a mirror that fails at its n-th call, for every n.
 
-use viommu::subscribe::{FenceFailed, Mirror, Reach, Refused, Unmapped};
+use viommu::subscribe::{FenceFailed, Mirror, Reach, RefusalKind, Refused, Unmapped};
 use viommu::{
     Ack, AttachErrorKind, BlockerKind, Domain, Incident, Interest, IovaRange, Mapping, Space, StepErrorKind,
     SubscribeError, Tables, View, WaitError,
@@ -484,5 +484,53 @@ fn a_replace_by_default_puts_the_old_extent_back_or_is_fenced() {
             assert_eq!(handle.held(), now);
             assert!(s.audit().unwrap().is_clean());
         }
+    }
+}
+
+/// Leaves something behind of whatever it is given.
+struct Sticky(Handle);
+
+impl Mirror for Sticky {
+    fn reach(&self) -> Reach {
+        Reach::default()
+    }
+
+    fn map(&mut self, _: &Mapping) -> Result<Ack, Refused> {
+        Err(Refused::new(RefusalKind::Lost, "half of it is there"))
+    }
+
+    fn unmap(&mut self, _: IovaRange) -> Result<Unmapped, Refused> {
+        Ok(Unmapped::done(0))
+    }
+
+    fn fence(&mut self) -> Result<(), FenceFailed> {
+        self.0.lock().fenced = true;
+        Ok(())
+    }
+
+    fn held(&self) -> Vec<Mapping> {
+        Vec::new()
+    }
+}
+
+#[test]
+fn a_mirror_that_leaves_something_of_what_it_refuses_is_fenced() {
+    type Step = fn(&Domain) -> viommu::Completion;
+    let steps: [Step; 3] = [
+        |domain| domain.map(rw(20, 20, 700)).unwrap(),
+        |domain| domain.map(rw(20, 29, 700)).unwrap(),
+        |domain| domain.replace(rw(0, 9, 700)).unwrap(),
+    ];
+    for step in steps {
+        let (iommu, _, domain) = attached();
+        let sticky = Handle::default();
+        let _sticky = iommu
+            .subscribe_mirror(Space::Domain(1), Box::new(Sticky(sticky.clone())), Interest::MIRROR)
+            .unwrap();
+        let (s, m) = mirror_on(&iommu, 1, Reach::default());
+        over(step(&domain));
+        assert!(sticky.lock().fenced);
+        assert_eq!(m.held(), record(&domain));
+        assert!(s.audit().unwrap().is_clean() && domain.len() == 1);
     }
 }
