@@ -4,12 +4,13 @@ mod kexec;
 mod load;
 mod memory;
 mod time;
+mod type1;
 mod vfio;
 mod virtio;
 
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: inside probe BDF GROUP | load NAME DISK SEED THREADS BLOCKS WRITES SECONDS | time DISK BYTES COUNT | kexec KERNEL INITRAMFS WORDS";
+const USAGE: &str = "usage: inside probe BDF GROUP | load NAME DISK SEED THREADS BLOCKS WRITES SECONDS | time DISK BYTES COUNT | kexec KERNEL INITRAMFS WORDS | type1 BDF SEED";
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
             load::run(name, disk, [seed, threads, blocks, writes, seconds])
         }
         ["time", disk, bytes, count] => time::run(disk, bytes, count),
+        ["type1", bdf, seed] => type1::run(bdf, seed),
         ["kexec", kernel, initramfs, words] => kexec::run(kernel, initramfs, words),
         _ => Err(USAGE.into()),
     };

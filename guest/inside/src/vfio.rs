@@ -4,7 +4,7 @@ use std::{
     fs::{File, OpenOptions},
     io,
     os::{
-        fd::{AsRawFd, FromRawFd},
+        fd::{AsRawFd, FromRawFd, OwnedFd},
         unix::fs::FileExt,
     },
 };
@@ -53,6 +53,15 @@ impl Device {
     ///
     /// If the kernel refuses.
     pub(crate) fn open(bdf: &str, group: &str) -> io::Result<Device> {
+        Device::open_as(bdf, group, VFIO_TYPE1v2_IOMMU)
+    }
+
+    /// The same, with an IOMMU of another type.
+    ///
+    /// # Errors
+    ///
+    /// As [`Device::open`].
+    pub(crate) fn open_as(bdf: &str, group: &str, iommu: u32) -> io::Result<Device> {
         let open = |path: &str| OpenOptions::new().read(true).write(true).open(path);
         let container = open("/dev/vfio/vfio")?;
         let group = open(&format!("/dev/vfio/{group}"))?;
@@ -62,9 +71,7 @@ impl Device {
             libc::ioctl(group.as_raw_fd(), GROUP_SET_CONTAINER, &raw const descriptor)
         })?;
         // SAFETY: the argument is a number.
-        named("SET_IOMMU", unsafe {
-            libc::ioctl(container.as_raw_fd(), SET_IOMMU, u64::from(VFIO_TYPE1v2_IOMMU))
-        })?;
+        named("SET_IOMMU", unsafe { libc::ioctl(container.as_raw_fd(), SET_IOMMU, u64::from(iommu)) })?;
         let name = std::ffi::CString::new(bdf)?;
         // SAFETY: the argument is a string that ends with a zero and outlives the call.
         let file = named("GET_DEVICE_FD", unsafe {
@@ -73,6 +80,15 @@ impl Device {
         // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
         let file = unsafe { File::from_raw_fd(file) };
         Ok(Device { file, container, _group: group })
+    }
+
+    /// Another descriptor of the container.
+    ///
+    /// # Errors
+    ///
+    /// If there is none left.
+    pub(crate) fn container(&self) -> io::Result<OwnedFd> {
+        Ok(self.container.try_clone()?.into())
     }
 
     /// Lets the device reach memory of this program's under another address.

@@ -1,5 +1,6 @@
 //! The cases: each a function here and a script in the guest.
 
+mod consumers;
 mod firmware;
 mod hotplug;
 mod io;
@@ -34,6 +35,11 @@ pub(crate) const CASES: &[Case] = &[
         about: "these tests themselves: the same guest with QEMU's own virtio-iommu",
         run: own::run,
     },
+    Case {
+        name: "type1",
+        about: "our mirror on the guest's own VFIO, under each of QEMU's IOMMUs",
+        run: consumers::type1::run,
+    },
     Case { name: "strict", about: "a file system, and our record beside the guest's own", run: io::strict },
     Case { name: "lazy", about: "the same with unmaps that come late, in flocks", run: io::lazy },
     Case {
@@ -54,8 +60,9 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// What the guests run, by name.
-pub(crate) const SCRIPTS: [(&str, &str); 7] = [
+pub(crate) const SCRIPTS: [(&str, &str); 8] = [
     ("bench", include_str!("../bench/bench.sh")),
+    ("consumers", include_str!("consumers.sh")),
     ("hotplug", include_str!("hotplug.sh")),
     ("io", include_str!("io.sh")),
     ("load", include_str!("load.sh")),

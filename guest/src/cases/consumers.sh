@@ -1,0 +1,15 @@
+# Loads $modules, hands the devices at $vfio to vfio-pci, and runs inside $words: lists, separated by commas.
+list() { echo $1 | tr , ' '; }
+
+for module in $(list $modules); do load $module; done
+# A virtio-iommu has nothing to say on interrupts, and VFIO wants to hear that this is known.
+unsafe=/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts
+[ ! -e $unsafe ] || echo 1 > $unsafe
+for address in $(list $vfio); do
+    [ -n "$(group_of $address)" ] || fail "$address has no IOMMU group"
+    echo vfio-pci > $(pci $address)/driver_override
+    [ ! -e $(pci $address)/driver ] || echo 0000:$address > $(pci $address)/driver/unbind
+    echo 0000:$address > /sys/bus/pci/drivers_probe
+    [ -e /dev/vfio/$(group_of $address) ] || fail "$address is not with vfio-pci"
+done
+inside $(list $words) || fail "inside $words"
