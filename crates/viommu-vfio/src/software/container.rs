@@ -80,6 +80,17 @@ pub struct HostRange {
     pub writable: bool,
 }
 
+/// Which kernel is followed, where two differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Release {
+    /// Linux 6.12: ranges that pass 2^64 are EINVAL, and a dirty bitmap must end below 2^64-1.
+    #[default]
+    Linux6_12,
+    /// Linux 7.3: ranges that pass 2^64 are EOVERFLOW, in `MAP_DMA` and `DIRTY_PAGES` whatever else
+    /// is wrong with them.
+    Linux7_3,
+}
+
 /// The host that the container stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -97,6 +108,8 @@ pub struct Config {
     pub dirty: DirtyScope,
     /// Whether a mediated device is in the container: its host addresses cannot be invalidated then.
     pub mediated: bool,
+    /// Whose errors it gives.
+    pub release: Release,
 }
 
 impl Default for Config {
@@ -110,6 +123,7 @@ impl Default for Config {
             memory: None,
             dirty: DirtyScope::AllPages,
             mediated: false,
+            release: Release::default(),
         }
     }
 }
@@ -256,13 +270,15 @@ impl Container {
         let MapDma { flags, vaddr, iova, size } = map;
         let set_vaddr = flags.contains(MapFlags::VADDR);
         let access = access_of(flags);
-        if !MapFlags::all().contains(flags) || set_vaddr != access.is_empty() {
+        if !MapFlags::all().contains(flags) {
+            return Err(Errno::EINVAL);
+        }
+        self.check_wrap(iova, size)?;
+        self.check_wrap(vaddr, size)?;
+        if set_vaddr != access.is_empty() || vaddr & (self.pgsize() - 1) != 0 {
             return Err(Errno::EINVAL);
         }
         let last = self.checked_last(iova, size)?;
-        if vaddr & (self.pgsize() - 1) != 0 || vaddr.checked_add(size - 1).is_none() {
-            return Err(Errno::EINVAL);
-        }
         let there = self.entries.range_mut(..=last).next_back().filter(|(at, e)| e.last(**at) >= iova);
         if set_vaddr {
             let (at, entry) = there.ok_or(Errno::ENOENT)?;
@@ -415,11 +431,23 @@ impl Container {
         if self.detached { Err(Errno::EBADFD) } else { Ok(()) }
     }
 
-    /// The last byte of `size` bytes at `iova`; EINVAL for none, a bad alignment, or a wrap.
+    /// Whether `size` bytes at `start` pass 2^64; none do not.
+    pub(super) fn check_wrap(&self, start: u64, size: u64) -> Result<(), Errno> {
+        if start.checked_add(size.saturating_sub(1)).is_some() {
+            return Ok(());
+        }
+        Err(match self.config.release {
+            Release::Linux6_12 => Errno::EINVAL,
+            Release::Linux7_3 => Errno::EOVERFLOW,
+        })
+    }
+
+    /// The last byte of `size` bytes at `iova`; a wrap is an error, EINVAL are none and a bad alignment.
     pub(super) fn checked_last(&self, iova: u64, size: u64) -> Result<u64, Errno> {
         let misaligned = (iova | size) & (self.pgsize() - 1) != 0;
-        let last = size.checked_sub(1).and_then(|more| iova.checked_add(more));
-        last.filter(|_| !misaligned).ok_or(Errno::EINVAL)
+        let more = size.checked_sub(1).filter(|_| !misaligned).ok_or(Errno::EINVAL)?;
+        self.check_wrap(iova, size)?;
+        Ok(iova.saturating_add(more)) // exact: just looked at
     }
 
     /// Whether the first or the last byte falls inside a mapping that sticks out.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use viommu::Access;
 
-use super::container::Container;
+use super::container::{Container, Release};
 use crate::errno::Errno;
 
 /// Pages that one dirty bitmap can have at most.
@@ -135,8 +135,10 @@ impl Container {
     /// fit, another page size than the smallest, a mapping that sticks out of the range.
     pub fn dirty_bitmap(&mut self, iova: u64, size: u64, bitmap: &mut Bitmap) -> Result<(), Errno> {
         self.attached()?;
+        self.check_wrap(iova, size)?;
         let last = self.checked_last(iova, size)?;
-        let fits = iova.checked_add(size).is_some() && bitmap.holds(size) && bitmap.pgsize == self.pgsize();
+        let ends = self.config().release != Release::Linux6_12 || iova.checked_add(size).is_some();
+        let fits = ends && bitmap.holds(size) && bitmap.pgsize == self.pgsize();
         if !fits || !self.tracking || self.cuts(iova, last) {
             return Err(Errno::EINVAL);
         }

@@ -41,8 +41,8 @@ mod mirror;
 
 pub use crate::errno::Errno;
 pub use container::{
-    Config, Container, DEFAULT_DMA_ENTRY_LIMIT, Dma, HostRange, Info, MapDma, MapFlags, Reached, UnmapDma,
-    UnmapFlags,
+    Config, Container, DEFAULT_DMA_ENTRY_LIMIT, Dma, HostRange, Info, MapDma, MapFlags, Reached, Release,
+    UnmapDma, UnmapFlags,
 };
 pub use deferred::{Acks, Deferred, Later};
 pub use dirty::{Bitmap, DirtyScope, MAX_DIRTY_BITMAP_BYTES, MAX_DIRTY_BITMAP_PAGES};

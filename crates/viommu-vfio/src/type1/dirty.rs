@@ -5,7 +5,7 @@ use viommu::{Access, Gpa, GpaRange, Mapping};
 use crate::errno::Errno;
 use crate::software::Bitmap;
 use crate::type1::host::Piece;
-use crate::type1::state::{Closed, State};
+use crate::type1::state::{Closed, State, pages_of};
 
 impl State {
     pub(crate) fn track(&mut self, on: bool) -> Result<(), Errno> {
@@ -31,7 +31,7 @@ impl State {
                 let size = u64::try_from(piece.range.bytes()).map_err(|_| Errno::EINVAL)?;
                 let mut bitmap = Bitmap::new(page, size)?;
                 kernel.dirty(piece.range.start().0, size, &mut bitmap)?;
-                untold.extend(written(&held.mapping, piece, &bitmap));
+                untold.extend(written(&held.mapping, piece, pages_of(&bitmap, size), page));
                 // Those read are clean now: they must not be lost if a later call fails. Kept small.
                 if untold.len() > MERGE_AT {
                     merge(untold);
@@ -46,13 +46,18 @@ impl State {
 /// Ranges that are kept before they are merged.
 const MERGE_AT: usize = 1 << 16;
 
-/// What the bits of a piece say, in guest physical addresses: a range for each run of pages.
-fn written(mapping: &Mapping, piece: Piece, bitmap: &Bitmap) -> Vec<GpaRange> {
+/// What the dirty pages of a piece are, in guest physical addresses: a range for each run of pages.
+fn written(
+    mapping: &Mapping,
+    piece: Piece,
+    dirty: impl Iterator<Item = u64>,
+    page_size: u64,
+) -> Vec<GpaRange> {
     let first = mapping.translate(piece.range.start());
     let mut runs: Vec<GpaRange> = Vec::new();
-    for page in bitmap.dirty() {
-        let start = Gpa(first.0.wrapping_add(page.wrapping_mul(bitmap.pgsize)));
-        let Some(range) = GpaRange::from_len(start, bitmap.pgsize) else { continue };
+    for page in dirty {
+        let start = Gpa(first.0.wrapping_add(page.wrapping_mul(page_size)));
+        let Some(range) = GpaRange::from_len(start, page_size) else { continue };
         match runs.last_mut().filter(|run| run.next() == Some(start)) {
             Some(run) => *run = run.hull(range),
             None => runs.push(range),

@@ -35,17 +35,14 @@ impl State {
             vec![UnmapDma { flags: UnmapFlags::ALL, iova: 0, size: 0 }]
         } else {
             // Inside the windows alone there can be mappings, and none lies across two.
-            let apertures = self.info.apertures.iter();
-            let size = |bytes: u128| u64::try_from(bytes).ok();
-            apertures
-                .filter_map(|range| {
-                    let page = self.info.page_size();
-                    // A size of 2^64 cannot be said; the last page of it is never mapped.
-                    let size = size(range.bytes()).unwrap_or(u64::MAX) & !(page - 1);
-                    Some(UnmapDma { flags: UnmapFlags::empty(), iova: range.start().0, size })
-                        .filter(|u| u.size != 0)
-                })
-                .collect()
+            let page = self.info.page_size();
+            let pieces = self.info.apertures.iter().map(|range| {
+                // A range that ends at 2^64 is empty to Linux 6.12, which has nothing in the last page anyway.
+                let last = range.last().0.min(u64::MAX - page);
+                let size = last.wrapping_sub(range.start().0).wrapping_add(1) & !(page - 1);
+                UnmapDma { flags: UnmapFlags::empty(), iova: range.start().0, size }
+            });
+            pieces.filter(|unmap| unmap.size != 0).collect()
         };
         for call in calls {
             kernel.unmap(&call, None).map_err(|errno| failed(format!("UNMAP_DMA of everything: {errno}")))?;

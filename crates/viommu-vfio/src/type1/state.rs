@@ -57,6 +57,12 @@ pub(crate) struct State {
 /// A piece could not be mapped, and those before it could not be taken back.
 const LEFT_BEHIND: &str = "what was mapped before it could not be taken back";
 
+/// The dirty pages of a mapping of `size` bytes. Linux leaves rubbish in the rest of the last word.
+pub(crate) fn pages_of(bitmap: &Bitmap, size: u64) -> impl Iterator<Item = u64> + '_ {
+    let pages = size / bitmap.pgsize;
+    bitmap.dirty().take_while(move |page| *page < pages)
+}
+
 fn closed() -> Refused {
     Refused::new(RefusalKind::Device, "the container is closed")
 }
@@ -237,7 +243,7 @@ impl State {
                 Ok((removed, bitmap)) => {
                     bytes += u128::from(removed);
                     if let Some(dirty) = &mut dirty {
-                        bitmap.dirty().for_each(|n| dirty.set(iova + n * page));
+                        pages_of(&bitmap, size).for_each(|n| dirty.set(iova + n * page));
                     }
                 }
                 Err(_) => {

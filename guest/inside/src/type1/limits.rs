@@ -23,13 +23,25 @@ const LIMIT: &str = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
 
 pub(super) fn run(place: Place<'_>) -> Result<(), Box<dyn Error>> {
     windows(place)?;
-    let before = fs::read_to_string(LIMIT)?;
-    fs::write(LIMIT, "100")?;
-    let outcome = entries(place);
-    fs::write(LIMIT, before.trim())?;
-    outcome?;
+    with_limit(100, || entries(place))?;
     dirty(place)?;
     replay(place)
+}
+
+/// Runs `then` while containers that are opened get so many entries.
+///
+/// # Errors
+///
+/// As `then`, or if the kernel does not let its limit be set.
+pub(super) fn with_limit<T>(
+    entries: u32,
+    then: impl FnOnce() -> Result<T, Box<dyn Error>>,
+) -> Result<T, Box<dyn Error>> {
+    let before = fs::read_to_string(LIMIT)?;
+    fs::write(LIMIT, entries.to_string())?;
+    let outcome = then();
+    fs::write(LIMIT, before.trim())?;
+    outcome
 }
 
 fn expect(what: &str, seen: Result<(), Errno>, expected: Errno) -> Result<(), Box<dyn Error>> {
@@ -74,7 +86,7 @@ fn windows(place: Place<'_>) -> Result<(), Box<dyn Error>> {
             borders += 1;
         }
     }
-    let map = |flags| MapDma { flags, vaddr: read_only.address(), iova: 0, size: STEP };
+    let map = |flags| MapDma { flags, vaddr: read_only.address(), iova: 0x1000_0000, size: STEP };
     // SAFETY: the memory is there for devices alone.
     let written = unsafe { raw.map(&map(MapFlags::READ | MapFlags::WRITE)) };
     expect("the kernel, memory that this program may only read", written, Errno::EFAULT)?;

@@ -90,6 +90,7 @@ impl World {
         let incidents = Arc::new(Mutex::new(Vec::new()));
         let alarm = incidents.clone();
         let iommu = Iommu::builder()
+            .table_bytes(32 << 20) // the machine is small
             .alarm(move |incident| {
                 if let Ok(mut incidents) = alarm.lock() {
                     incidents.push(incident.clone());
