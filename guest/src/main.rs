@@ -59,7 +59,7 @@ fn main() -> ExitCode {
     let options = Options::parse();
     if options.list {
         for case in cases::CASES {
-            println!("{:<12}{}", case.name, case.about);
+            println!("{:<14}{}", case.name, case.about);
         }
         return ExitCode::SUCCESS;
     }

@@ -6,10 +6,11 @@ for module in $(list $modules); do load $module; done
 unsafe=/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts
 [ ! -e $unsafe ] || echo 1 > $unsafe
 for address in $(list $vfio); do
-    [ -n "$(group_of $address)" ] || fail "$address has no IOMMU group"
     echo vfio-pci > $(pci $address)/driver_override
     [ ! -e $(pci $address)/driver ] || echo 0000:$address > $(pci $address)/driver/unbind
     echo 0000:$address > /sys/bus/pci/drivers_probe
+    # Some kernels give a device its group when a driver comes.
+    [ -n "$(group_of $address)" ] || fail "$address has no IOMMU group"
     [ -e /dev/vfio/$(group_of $address) ] || fail "$address is not with vfio-pci"
 done
 inside $(list $words) || fail "inside $words"

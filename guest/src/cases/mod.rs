@@ -36,10 +36,12 @@ pub(crate) const CASES: &[Case] = &[
         run: own::run,
     },
     Case {
-        name: "type1",
-        about: "our mirror on the guest's own VFIO, under each of QEMU's IOMMUs",
-        run: consumers::type1::run,
+        name: "type1-intel",
+        about: "our type1 mirror on the guest's own VFIO, under QEMU's VT-d",
+        run: consumers::type1::intel,
     },
+    Case { name: "type1-virtio", about: "the same under QEMU's virtio-iommu", run: consumers::type1::virtio },
+    Case { name: "type1-amd", about: "the same under QEMU's AMD-Vi", run: consumers::type1::amd },
     Case { name: "strict", about: "a file system, and our record beside the guest's own", run: io::strict },
     Case { name: "lazy", about: "the same with unmaps that come late, in flocks", run: io::lazy },
     Case {

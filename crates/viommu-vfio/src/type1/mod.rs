@@ -105,7 +105,7 @@ pub enum OpenError {
 impl Container {
     /// Over a descriptor of a container to which groups and an IOMMU of type1 v2 have been given. Reads what it can do:
     /// that becomes the mirror's reach, and what a model should offer its guest (pages, and as reserved regions what lies
-    /// between the apertures).
+    /// between the apertures). Not in reach is the page that ends at 2^64-1: Linux 6.12 could not remove it.
     ///
     /// The container may have mappings already, of addresses that the guest cannot map; they stay until a fence.
     ///

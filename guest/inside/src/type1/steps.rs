@@ -15,7 +15,7 @@ use super::{
 };
 
 /// Pages of the device's addresses that the steps are about.
-const PAGES: u64 = 64;
+const PAGES: u64 = 96;
 
 /// Steps between two looks at what the device has written, and at the kernel's entries.
 const BETWEEN: u64 = 160;
@@ -34,11 +34,11 @@ impl Step {
         let first = random.below(PAGES);
         let last = first + random.of(&[0, 0, 0, 1, 3, 7, 20]);
         // The border of two regions, memory that comes and goes, and none at all are among them.
-        let target = random.of(&[random.0 % 200, 250, 255, 4100, 8000]) + random.below(6);
+        let target = random.of(&[random.0 % 200, random.0 % 200, 250, 255, 4100, 8000]) + random.below(6);
         let access = random.of(&[Access::RW, Access::RW, Access::RW, Access::READ, Access::WRITE]);
         let new = mapping(first, last, target, access)?;
         Ok(match random.below(64) {
-            0 => Step::Move(random.one_in(3)),
+            0 => Step::Move(random.one_in(6)),
             1 => Step::Plug(random.one_in(2)),
             2 => Step::Unmap(pages(0, PAGES + 32)?),
             3..10 => Step::Batch(pages(first, last + random.below(8))?, new),
@@ -76,37 +76,37 @@ pub(super) fn run(place: Place<'_>, steps: u64, seed: u64) -> Result<(), Box<dyn
     let (mut done, mut refused, mut probes, mut written) = (0, 0, 0, 0);
     // A page that the device writes to meanwhile, and where that must arrive.
     let mut under_way: Option<(u64, Option<u64>)> = None;
+    let settle = |under_way: &mut Option<(u64, Option<u64>)>, done| -> Result<u64, Box<dyn Error>> {
+        let Some((page, expected)) = under_way.take() else { return Ok(0) };
+        edu.wait()?;
+        world.compare(expected, page, &format!("before step {done} of seed {seed}"))?;
+        Ok(u64::from(expected.is_some()))
+    };
     while done < steps {
-        if done % BETWEEN == 0 {
-            if let Some((page, expected)) = under_way.take() {
-                edu.wait()?;
-                world.compare(expected, page, &format!("before step {done} of seed {seed}"))?;
-                probes += 1;
-                written += u64::from(expected.is_some());
-            }
+        if done % BETWEEN == 0 && under_way.is_none() {
             world.audit(info(&device)?.entries, limit)?;
             let page = random.below(PAGES);
             under_way = Some((page, world.expected(page)?));
             edu.begin_store(World::target(page))?;
+            probes += 1;
         }
         let step = Step::random(&mut random)?;
         // While the device is at it, nothing happens to its page.
-        let touches = under_way.is_some_and(|(page, _)| step.concerns(page));
-        if touches && done % BETWEEN < BETWEEN / 2 {
-            continue; // another step, then
-        }
-        if let (true, Some((page, expected))) = (touches, under_way.take()) {
-            edu.wait()?;
-            world.compare(expected, page, &format!("at step {done} of seed {seed}"))?;
-            probes += 1;
-            written += u64::from(expected.is_some());
+        if under_way.is_some_and(|(page, _)| step.concerns(page)) {
+            if done % BETWEEN < BETWEEN / 2 {
+                continue; // another step, then
+            }
+            written += settle(&mut under_way, done)?;
         }
         if !apply(&world, &step)? {
             refused += 1;
         }
         done += 1;
+        if done % BETWEEN == 0 {
+            written += settle(&mut under_way, done)?;
+        }
     }
-    edu.wait()?;
+    settle(&mut under_way, done)?;
     if !world.endpoint.attached().is_some_and(|view| view == viommu::View::Domain(1)) {
         over(world.endpoint.attach(1)?)?;
     }

@@ -19,9 +19,6 @@ pub(super) enum Unit {
 }
 
 impl Unit {
-    /// All of them.
-    pub(super) const ALL: [Unit; 3] = [Unit::Intel, Unit::Virtio, Unit::Amd];
-
     /// As it is called in the names of files.
     pub(super) fn name(self) -> &'static str {
         match self {

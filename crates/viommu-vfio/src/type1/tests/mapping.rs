@@ -165,24 +165,40 @@ fn unmap_is_of_exactly_what_was_mapped() {
 }
 
 #[test]
-fn whole_address_space_is_one_call_or_two() {
-    for unmap_all in [true, false] {
-        let memory = memory_of(&REGIONS);
-        let fake = Fake::new(Config::default());
-        fake.lock().unmap_all = unmap_all;
-        let (mut mirror, handle) = container_over(&fake).mirror(memory);
-        let mirror: &mut dyn subscribe::Mirror = &mut mirror;
-        let last = u64::MAX / PAGE;
-        let ends = [rw(0, 0, 0), rw(last / 2, last / 2 + 3, 14), rw(last, last, 5)];
-        for extent in &ends {
-            assert!(matches!(mirror.map(extent), Ok(Ack::Done)));
-        }
-        assert_eq!(handle.entries(), 4);
-        fake.take_calls();
-        assert_eq!(mirror.unmap(IovaRange::ALL).unwrap().bytes, u128::from(6 * PAGE));
-        assert_eq!(fake.take_calls().len(), if unmap_all { 1 } else { 2 });
-        assert_eq!((fake.maps(), handle.entries(), mirror.held().len()), (0, 0, 0));
+fn whole_address_space_is_in_reach_but_for_the_last_page() {
+    let memory = memory_of(&REGIONS);
+    let fake = Fake::new(Config { memory: Some(host_memory(&[&memory])), ..Config::default() });
+    let iommu = backed(Iommu::builder()).build().unwrap();
+    let domain = iommu.create_domain(1, Tables::Owned).unwrap();
+    let (mirror, handle) = container_over(&fake).mirror(memory);
+    let subscription = iommu.subscribe_mirror(domain.space(), Box::new(mirror), Interest::MIRROR).unwrap();
+    let last = u64::MAX / PAGE;
+    let error = domain.map(rw(last, last, 5)).unwrap_err();
+    assert!(matches!(error.kind, StepErrorKind::Unreachable { why: Unreachable::Aperture, .. }), "{error}");
+    let ends = [rw(0, 0, 0), rw(last / 2, last / 2 + 3, 14), rw(last - 1, last - 1, 5)];
+    ends.iter().for_each(|mapping| over(domain.map(*mapping).unwrap()));
+    assert_eq!(handle.entries(), 4);
+    fake.take_calls();
+    over(domain.unmap(IovaRange::ALL).unwrap());
+    assert_eq!(fake.take_calls(), [plain_unmap(pages(0, last - 1))]);
+    assert_eq!((fake.maps(), handle.entries()), (0, 0));
+    assert!(!subscription.is_fenced());
+}
+
+#[test]
+fn whole_address_space_to_the_last_page_is_one_call() {
+    let fake = Fake::new(Config::default());
+    let (mut mirror, handle) = container_over(&fake).mirror(memory_of(&REGIONS));
+    let mirror: &mut dyn subscribe::Mirror = &mut mirror;
+    let last = u64::MAX / PAGE;
+    for extent in [rw(0, 0, 0), rw(last, last, 5)] {
+        assert!(matches!(mirror.map(&extent), Ok(Ack::Done)));
     }
+    fake.take_calls();
+    assert_eq!(mirror.unmap(IovaRange::ALL).unwrap().bytes, u128::from(2 * PAGE));
+    let all = UnmapDma { flags: UnmapFlags::ALL, iova: 0, size: 0 };
+    assert_eq!(fake.take_calls(), [Call::Unmap(all)]);
+    assert_eq!((fake.maps(), handle.entries(), mirror.held().len()), (0, 0, 0));
 }
 
 #[test]
