@@ -35,7 +35,7 @@ pub(crate) struct Run {
     pub(crate) cells: Cells,
 }
 
-pub(crate) const GOALS: [Goal; 19] = [
+pub(crate) const GOALS: [Goal; 20] = [
     Goal { name: "G1", needs: &[(Work::Small, "translate")], rows: g1 },
     Goal { name: "G2", needs: &[(Work::Big, "translate")], rows: g2 },
     Goal { name: "G3", needs: &[(Work::Small, "pair")], rows: g3 },
@@ -54,6 +54,7 @@ pub(crate) const GOALS: [Goal; 19] = [
     Goal { name: "G16", needs: &[], rows: g16 },
     Goal { name: "G17", needs: &[], rows: g17 },
     Goal { name: "V1", needs: &[], rows: v1 },
+    Goal { name: "C1", needs: &[], rows: c1 },
     Goal { name: "none", needs: &[], rows: busy },
 ];
 
@@ -276,6 +277,17 @@ fn g17(run: &mut Run) -> Rows {
     let what = format!("ATTACH with a mirror to {} mappings, less its calls, a mapping", run.small());
     let row = run.row(("G17", what), (Work::Attach, "attach"), ("ns", AtMost(20.0)), &[])?;
     Ok(vec![row.done()])
+}
+
+/// An event on its way to a consumer's host: what is left when the host's own call costs nothing.
+fn c1(run: &mut Run) -> Rows {
+    let pair = run.ours(Work::Type1, "pair", Pick::Min)?;
+    let event = Value { value: pair.value / 2.0, noise: pair.noise };
+    let what = "an event through the type1 mirror, less its call".to_owned();
+    let event = Row::new("C1", what, "ns", AtMost(200.0), event);
+    let what = "a mapping replayed into the type1 mirror, less its call".to_owned();
+    let replay = run.row(("C1", what), (Work::Type1, "replay"), ("ns", AtMost(200.0)), &[])?;
+    Ok(vec![event.done(), replay.done()])
 }
 
 fn v1(run: &mut Run) -> Rows {

@@ -1,6 +1,7 @@
 //! What is measured: each piece of work runs in a process of its own, on a fresh heap.
 
 pub(crate) mod alone;
+pub(crate) mod consumers;
 pub(crate) mod contended;
 pub(crate) mod dense;
 pub(crate) mod dispatch;
@@ -59,13 +60,18 @@ pub(crate) enum Work {
     EmptyReplay,
     /// Requests through virtio-iommu's ring.
     Ring,
+    /// The type1 mirror over a kernel that does nothing.
+    Type1,
 }
 
 impl Work {
     /// Whether it takes some seconds at most and is about time of one thread.
     pub(crate) fn is_short(self) -> bool {
-        use Work::{Attach, Big, Dispatch, EmptyReplay, Guard, Huge, IdleReaders, Ring, Small};
-        matches!(self, Small | Big | Huge | Dispatch | IdleReaders | Guard | Attach | EmptyReplay | Ring)
+        use Work::{Attach, Big, Dispatch, EmptyReplay, Guard, Huge, IdleReaders, Ring, Small, Type1};
+        matches!(
+            self,
+            Small | Big | Huge | Dispatch | IdleReaders | Guard | Attach | EmptyReplay | Ring | Type1
+        )
     }
 }
 
@@ -140,6 +146,7 @@ pub(crate) fn run(work: Work, who: Who, effort: Effort, wanted: &[String]) -> an
         (Work::Attach, Who::Viommu) => alone::attach(effort),
         (Work::EmptyReplay, Who::Viommu) => alone::empty_replay(effort),
         (Work::Ring, Who::Viommu) => ring::ours(effort),
+        (Work::Type1, Who::Viommu) => consumers::type1(effort),
         _ => anyhow::bail!("{} does not do that", who.name()),
     }
 }

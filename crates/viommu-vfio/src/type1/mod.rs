@@ -54,6 +54,8 @@ mod fence;
 mod host;
 mod info;
 mod kernel;
+#[cfg(feature = "bench")]
+mod nothing;
 mod state;
 #[expect(unsafe_code, reason = "ioctls")]
 mod sys;
