@@ -26,9 +26,9 @@ fn gpa(page: u64) -> u64 {
 }
 
 /// Nanoseconds of a pair and of a replayed mapping, through the record and the type1 mirror, with a kernel that does
-/// nothing; as many are mapped as a container can hold.
+/// nothing.
 pub(crate) fn type1(effort: Effort) -> anyhow::Result<Figures> {
-    let count = effort.small().min(65_000);
+    let count = effort.small();
     let half = usize::try_from(MEMORY / 2)?;
     let memory = [(GuestAddress(0), half), (GuestAddress(MEMORY / 2), half)];
     let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&memory)?);
@@ -39,7 +39,7 @@ pub(crate) fn type1(effort: Effort) -> anyhow::Result<Figures> {
         .try_for_each(|page| map(&domain, iova(page), PAGE, gpa(page)).then_some(()))
         .context("a map")?;
     for _ in 0..effort.rounds() {
-        let (mirror, handle) = Container::of_nothing(65_535)?.mirror(memory.clone());
+        let (mirror, handle) = Container::of_nothing(1 << 17)?.mirror(memory.clone());
         let start = Cpu::start();
         let subscription = iommu.subscribe_mirror(Space::Domain(1), Box::new(mirror), Interest::MIRROR)?;
         figures.entry("replay".to_owned()).or_default().push(start.each(count));

@@ -68,6 +68,23 @@ fn map_that_wraps_is_einval() {
 }
 
 #[test]
+fn wrap_is_eoverflow_in_newer_kernels_before_other_tests_of_a_map() {
+    let mut c = Container::new(Config { release: Release::Linux7_3, ..Config::default() }).unwrap();
+    let last = 0u64.wrapping_sub(PAGE);
+    for map in [rw(last, 2 * PAGE, 0), rw(last + 1, 2 * PAGE, 0), rw(0, 2 * PAGE, last)] {
+        refused(&mut c, Errno::EOVERFLOW, |c| c.map_dma(map));
+        refused(&mut c, Errno::EOVERFLOW, |c| c.map_dma(MapDma { flags: MapFlags::empty(), ..map }));
+        refused(&mut c, Errno::EINVAL, |c| c.map_dma(MapDma { flags: MapFlags::from_bits_retain(8), ..map }));
+    }
+    refused(&mut c, Errno::EOVERFLOW, |c| unmap(c, last, 2 * PAGE));
+    refused(&mut c, Errno::EINVAL, |c| unmap(c, last + 1, 2 * PAGE));
+    c.dirty_start().unwrap();
+    let mut bitmap = Bitmap::new(PAGE, 2 * PAGE).unwrap();
+    refused(&mut c, Errno::EOVERFLOW, |c| c.dirty_bitmap(last + 1, 2 * PAGE, &mut bitmap));
+    assert_eq!(c.dirty_bitmap(last, PAGE, &mut bitmap), Ok(()), "6.12 refuses that");
+}
+
+#[test]
 fn map_over_a_mapping_is_eexist_even_the_same_one() {
     let mut c = container();
     c.map_dma(rw(0x4000, 0x2000, 0)).unwrap();

@@ -1,15 +1,15 @@
 //! A VFIO type1 v2 container in software, and mirrors over it.
 //!
-//! [`Container`] answers `MAP_DMA`, `UNMAP_DMA`, `DIRTY_PAGES` and `GET_INFO` as Linux 6.12 does: the tests in the
-//! same order, the same errno for each, the same limits. It keeps no memory: a host address is a number.
+//! [`Container`] answers `MAP_DMA`, `UNMAP_DMA`, `DIRTY_PAGES` and `GET_INFO` as Linux does (6.12, or 7.3: see [`Release`]):
+//! the tests in the same order, the same errno for each, the same limits. It keeps no memory: a host address is a number.
 //!
 //! - [`SoftwareMirror`] makes it a [`viommu::subscribe::Mirror`]: the same calls as for a real container.
 //! - [`Failing`] refuses calls as a [`Plan`] says, [`Deferred`] has them acknowledged later: for tests of what a
 //!   record does when a host says no, or says yes late.
 //!
 //! What the kernel tests and Rust's types already rule out (`argsz`, more than one flag of `DIRTY_PAGES`) has no
-//! counterpart here. One flaw of 6.12 is not copied: it loses sight of a mapping that ends at 2^64-1, which no host's
-//! aperture reaches.
+//! counterpart here. Two flaws are not copied: 6.12 loses sight of a mapping that ends at 2^64-1 and finds nothing in a
+//! range that ends there, and the bits behind a mapping's end in the last word of its dirty bitmap are rubbish in Linux.
 //!
 //! ```
 //! use std::sync::{Arc, Mutex};

@@ -1,7 +1,7 @@
 //! The same random calls, right and wrong ones, for the kernel's container and the one in software: the same errors, the
 //! same numbers of bytes, the same bitmaps.
 
-use std::error::Error;
+use std::{error::Error, fmt};
 
 use viommu::{Access, Iova, IovaRange};
 use viommu_vfio::{
@@ -28,6 +28,19 @@ pub(super) struct Tally {
     pub(super) errors: std::collections::BTreeMap<i32, u64>,
 }
 
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kinds = [("maps", self.maps), ("unmaps", self.unmaps), ("on dirty pages", self.dirty)];
+        for (name, [made, failed]) in kinds {
+            write!(f, "{made} {name}, {failed} of them failed; ")?;
+        }
+        let errors = self.errors.iter();
+        let errors: Vec<String> =
+            errors.map(|(errno, count)| format!("{} {count} times", Errno::from_raw(*errno))).collect();
+        f.write_str(&errors.join(", "))
+    }
+}
+
 impl Tally {
     fn note<T>(&mut self, kind: fn(&mut Tally) -> &mut [u64; 2], outcome: &Result<T, Errno>) {
         kind(self)[0] += 1;
@@ -38,12 +51,17 @@ impl Tally {
     }
 }
 
-/// Makes `steps` calls of both.
+/// Makes `steps` calls of both. `locked_limit`: bytes that this thread may have pinned, if there is a limit.
 ///
 /// # Errors
 ///
 /// The first call that the two answer differently.
-pub(super) fn run(raw: &Raw, info: &Info, steps: u64, seed: u64) -> Result<Tally, Box<dyn Error>> {
+pub(super) fn run(
+    raw: &Raw,
+    info: &Info,
+    (steps, seed): (u64, u64),
+    locked_limit: Option<u64>,
+) -> Result<Tally, Box<dyn Error>> {
     let (memory, read_only) = (Guarded::new(64 * PAGE, true)?, Guarded::new(8 * PAGE, false)?);
     let entries = info.entries.ok_or("the kernel does not say how many entries are left")?;
     let range = |start: u64, pages: u64, writable| HostRange {
@@ -55,6 +73,7 @@ pub(super) fn run(raw: &Raw, info: &Info, steps: u64, seed: u64) -> Result<Tally
         pgsizes: info.page_sizes,
         iova_ranges: info.apertures.clone(),
         dma_entry_limit: entries,
+        locked_limit,
         memory: Some(vec![range(memory.address(), 64, true), range(read_only.address(), 8, false)]),
         release: release()?,
         ..Config::default()
@@ -64,11 +83,9 @@ pub(super) fn run(raw: &Raw, info: &Info, steps: u64, seed: u64) -> Result<Tally
         Places { vaddrs: [memory.address(), read_only.address()], borders: borders(&info.apertures) };
     let mut tally = Tally::default();
     for step in 0..steps {
-        let differ =
-            |what: &str, kernel: &dyn std::fmt::Debug, ours: &dyn std::fmt::Debug| -> Box<dyn Error> {
-                format!("call {step}, {what}: the kernel says {kernel:?}, the software container {ours:?}")
-                    .into()
-            };
+        let differ = |what: &str, kernel: &dyn fmt::Debug, ours: &dyn fmt::Debug| -> Box<dyn Error> {
+            format!("call {step}, {what}: the kernel says {kernel:?}, the software container {ours:?}").into()
+        };
         match random.below(16) {
             0..8 => {
                 let map = places.map(&mut random);

@@ -50,3 +50,47 @@ impl Drop for Guarded {
         unsafe { libc::munmap(self.start.as_ptr(), self.length + 2 * GUARD) };
     }
 }
+
+/// Runs `then` on a thread that may have no more than so many bytes pinned: without the capability that lifts the limit.
+///
+/// # Errors
+///
+/// If the kernel does not let the limit be set.
+pub(super) fn with_little_locked<T: Send>(bytes: u64, then: impl FnOnce() -> T + Send) -> Result<T, String> {
+    let before = limited(bytes)?;
+    let outcome = std::thread::scope(|scope| {
+        scope
+            .spawn(|| without_capabilities().map(|()| then()))
+            .join()
+            .map_err(|_| "a thread panicked".to_owned())?
+    });
+    limited(before)?;
+    outcome
+}
+
+/// Sets the limit of locked memory; gives the one before.
+fn limited(bytes: u64) -> Result<u64, String> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the structure is there to be written to.
+    if unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limit) } != 0 {
+        return Err(format!("getrlimit: {}", io::Error::last_os_error()));
+    }
+    let before = limit.rlim_cur;
+    limit = libc::rlimit { rlim_cur: bytes, rlim_max: limit.rlim_max.max(bytes) };
+    // SAFETY: the structure is there to be read.
+    if unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) } != 0 {
+        return Err(format!("setrlimit: {}", io::Error::last_os_error()));
+    }
+    Ok(before)
+}
+
+/// Takes all capabilities from this thread.
+fn without_capabilities() -> Result<(), String> {
+    // _LINUX_CAPABILITY_VERSION_3 and this thread; then three sets, in two halves each.
+    let (head, sets) = ([0x2008_0522_u32, 0], [0_u32; 6]);
+    // SAFETY: the words are what the call reads.
+    if unsafe { libc::syscall(libc::SYS_capset, head.as_ptr(), sets.as_ptr()) } != 0 {
+        return Err(format!("capset: {}", io::Error::last_os_error()));
+    }
+    Ok(())
+}

@@ -34,7 +34,7 @@ fn under(unit: Unit, run: &Run<'_>) -> anyhow::Result<String> {
     let vm = program.run(run)?;
     let said = vm.said_lines("TYPE1");
     let part = |name: &str| said.iter().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
-    for name in ["info", "calls", "dma", "windows", "entries", "dirty", "steps", "fence"] {
+    for name in ["info", "calls", "locked", "dma", "windows", "entries", "dirty", "steps", "fence"] {
         part(name).with_context(|| format!("the guest has said nothing of {name}"))?;
     }
     Ok(part("cost").context("the guest has said nothing of what it costs")?.to_owned())
