@@ -7,6 +7,7 @@ use crate::paging::{Paging, Rules};
 use crate::spec::fault::Reason;
 use crate::spec::register::root as mode;
 use crate::spec::table::{ADDRESS, context, root};
+use crate::unit::Stage;
 
 /// What the unit can do, as far as entries may ask for it.
 #[derive(Clone, Copy, Debug)]
@@ -15,6 +16,7 @@ pub(crate) struct Abilities {
     /// The most levels of tables; the fewest are 3.
     pub(crate) levels: u32,
     pub(crate) pass_through: bool,
+    pub(crate) scalable: Option<Stage>,
 }
 
 /// What becomes of a requester's accesses.

@@ -42,4 +42,4 @@ mod unit;
 
 pub use faults::Msi;
 pub use metrics::Metrics;
-pub use unit::{Config, ConfigError, Progress, Reset, Vtd, Width};
+pub use unit::{Config, ConfigError, Progress, Reset, Stage, Vtd, Width};

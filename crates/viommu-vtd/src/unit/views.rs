@@ -48,7 +48,7 @@ impl Inner {
     /// An endpoint has come.
     pub(super) fn join(&self, control: &mut Control, id: EndpointId) -> Result<(), AttachErrorKind> {
         let mut member = Member { attached: None, walker: None, own: None };
-        if self.config.caching_mode {
+        if self.config.announces() {
             self.faults.know(id, None);
         } else {
             let walker = Arc::new(EndpointWalker::new(self.shared.clone(), id));
@@ -110,7 +110,7 @@ impl Inner {
             return;
         }
         let ids: Vec<_> = control.members.keys().copied().filter(|id| which.has(*id)).collect();
-        if self.config.caching_mode {
+        if self.config.announces() {
             self.follow_contexts(control, &ids, done);
         } else {
             self.forget_contexts(control, &ids, done);
