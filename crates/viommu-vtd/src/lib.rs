@@ -35,6 +35,7 @@ mod log;
 mod memory;
 mod metrics;
 mod paging;
+mod scalable;
 mod space;
 pub mod spec;
 mod sync;

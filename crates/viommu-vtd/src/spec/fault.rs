@@ -99,8 +99,6 @@ impl Reason {
     pub const SCALABLE_READ: Self = Self(0x86);
     /// The target is where writes are interrupts.
     pub const SCALABLE_TARGET_INTERRUPTS: Self = Self(0x87);
-    /// The accessed and dirty bits of a first-stage entry cannot be written.
-    pub const FIRST_NOT_MARKED: Self = Self(0x91);
 }
 
 /// Word 1 of a fault record: the request was a read.

@@ -388,14 +388,50 @@ impl Vtd {
         Ok(endpoint)
     }
 
-    /// Takes an endpoint away (hot-unplug). Its device has been stopped before; the completion says when nothing of it is
+    /// Adds a process address space of an endpoint that is there: requests of it with `pasid`. In scalable mode it sees
+    /// what the PASID's entry says; in legacy mode, and while translation is off, nothing. Addresses of interrupts are
+    /// ordinary ones for it.
+    ///
+    /// # Errors
+    /// [`AttachErrorKind::NoEndpoint`] if the unit has no scalable mode, the PASID has more than 20 bits, or the endpoint
+    /// is not there; else as [`Vtd::add_endpoint`]. Nothing has changed.
+    pub fn add_pasid(&self, requester: u16, pasid: u32) -> Result<Endpoint, AttachErrorKind> {
+        let mut control = self.lock();
+        let of = EndpointId::new(u32::from(requester));
+        let id = of.with_pasid(pasid);
+        let is_possible = self.0.config.scalable.is_some() && pasid >> registers::PASID_BITS == 0;
+        if !is_possible || !control.members.contains_key(&of) {
+            return Err(AttachErrorKind::NoEndpoint(id));
+        }
+        let added = self.0.iommu.add_endpoint(id, EndpointConfig::default());
+        let endpoint = added.map_err(|error| error.kind)?;
+        if let Err(kind) = self.0.join(&mut control, id) {
+            drop(self.0.leave(&mut control, id));
+            return Err(kind);
+        }
+        Ok(endpoint)
+    }
+
+    /// Takes a process address space away. Its device has stopped using it before; the completion says when nothing of it
+    /// is in use any more.
+    ///
+    /// # Errors
+    /// [`AttachErrorKind::NoEndpoint`].
+    pub fn remove_pasid(&self, requester: u16, pasid: u32) -> Result<Completion, AttachErrorKind> {
+        self.remove(EndpointId::new(u32::from(requester)).with_pasid(pasid))
+    }
+
+    /// Takes an endpoint away (hot-unplug), and its PASIDs. Its device has been stopped before; the completion says when nothing of it is
     /// in use any more.
     ///
     /// # Errors
     /// [`AttachErrorKind::NoEndpoint`].
     pub fn remove_endpoint(&self, requester: u16) -> Result<Completion, AttachErrorKind> {
+        self.remove(EndpointId::new(u32::from(requester)))
+    }
+
+    fn remove(&self, id: EndpointId) -> Result<Completion, AttachErrorKind> {
         let mut control = self.lock();
-        let id = EndpointId::new(u32::from(requester));
         if !control.members.contains_key(&id) {
             return Err(AttachErrorKind::NoEndpoint(id));
         }

@@ -3,7 +3,7 @@
 use viommu::Gpa;
 
 use super::jobs::{After, Task};
-use super::queue::{MAX_MASK, NARROW, contexts, place, translations};
+use super::queue::{MAX_MASK, NARROW, WIDE, contexts, place, translations};
 use super::views::Which;
 use super::{Config, Control, Inner, Stage, Width};
 use crate::faults::{Event, Msi, RECORDS, halves};
@@ -87,14 +87,24 @@ impl Registers {
         if !self.status.contains(Global::QUEUE) || self.head == self.tail {
             return None;
         }
-        // A tail behind the end is never reached.
-        let there = self.tail < self.queue_bytes() && self.queue_address & r::queue_address::WIDE == 0;
+        // A tail behind the end, or inside a descriptor, is never reached.
+        let bytes = self.descriptor_bytes();
+        let fits = self.tail.is_multiple_of(bytes) && self.head.is_multiple_of(bytes);
+        let there = self.tail < self.queue_bytes() && fits;
         Some(place(self.queue_address & !0xfff, self.head).filter(|_| there))
+    }
+
+    pub(super) fn has_wide_queue(&self) -> bool {
+        self.queue_address & r::queue_address::WIDE != 0
+    }
+
+    fn descriptor_bytes(&self) -> u64 {
+        if self.has_wide_queue() { WIDE } else { NARROW }
     }
 
     /// A descriptor is done.
     pub(super) fn advance(&mut self) {
-        let next = self.head.saturating_add(NARROW);
+        let next = self.head.saturating_add(self.descriptor_bytes());
         self.head = if next >= self.queue_bytes() { 0 } else { next };
     }
 
