@@ -11,3 +11,4 @@ mod registers;
 mod rig;
 mod scalable;
 mod scalable_faults;
+mod weaknesses;
