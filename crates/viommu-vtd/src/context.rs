@@ -1,12 +1,13 @@
-//! Root and context tables: what they say of a requester.
+//! Root and context tables: what they say of an endpoint. Those of legacy mode are read here.
 
-use viommu::Gpa;
+use viommu::{EndpointId, Gpa};
 
 use crate::memory::{TableMemory, WORD, word};
-use crate::paging::{Paging, Rules};
+use crate::paging::{Format, Paging, Rules, ones};
 use crate::spec::fault::Reason;
 use crate::spec::register::root as mode;
 use crate::spec::table::{ADDRESS, context, root};
+use crate::unit::Stage;
 
 /// What the unit can do, as far as entries may ask for it.
 #[derive(Clone, Copy, Debug)]
@@ -15,6 +16,7 @@ pub(crate) struct Abilities {
     /// The most levels of tables; the fewest are 3.
     pub(crate) levels: u32,
     pub(crate) pass_through: bool,
+    pub(crate) scalable: Option<Stage>,
 }
 
 /// What becomes of a requester's accesses.
@@ -42,28 +44,31 @@ impl Context {
     }
 }
 
-/// Reads the tables of `root_table` (as the register has it) for `requester`: bus in the upper half, device and
-/// function in the lower.
+/// What is found, or why nothing is, and whether that is not to be recorded.
+pub(crate) type Found = Result<Context, (Reason, bool)>;
+
+/// Reads the tables of `root_table` (as the register has it) for an endpoint: its requester has the bus in the upper half,
+/// device and function in the lower.
 pub(crate) fn look_up(
     memory: &dyn TableMemory,
     abilities: &Abilities,
     root_table: u64,
-    requester: u16,
+    id: EndpointId,
 ) -> Context {
-    read(memory, abilities, root_table, requester)
-        .unwrap_or_else(|(reason, quiet)| Context::Blocked(reason, quiet))
+    let requester = u16::try_from(id.requester).unwrap_or(u16::MAX);
+    let found = match (root_table >> mode::MODE & 3, abilities.scalable) {
+        (mode::LEGACY, _) if id.pasid.is_some() => Err((Reason::LEGACY_PASID, false)),
+        (mode::LEGACY, _) => legacy(memory, abilities, root_table, requester),
+        (mode::SCALABLE, Some(stage)) => {
+            crate::scalable::read(memory, abilities, stage, root_table, requester, id.pasid)
+        }
+        _ => Err((Reason::ROOT_MODE, false)),
+    };
+    found.unwrap_or_else(|(reason, quiet)| Context::Blocked(reason, quiet))
 }
 
-fn read(
-    memory: &dyn TableMemory,
-    abilities: &Abilities,
-    root_table: u64,
-    requester: u16,
-) -> Result<Context, (Reason, bool)> {
+fn legacy(memory: &dyn TableMemory, abilities: &Abilities, root_table: u64, requester: u16) -> Found {
     let loud = |reason| (reason, false);
-    if root_table >> mode::MODE & 3 != mode::LEGACY {
-        return Err(loud(Reason::ROOT_MODE));
-    }
     let beyond = !ones(abilities.rules.host_bits);
     let [bus, function] = requester.to_be_bytes();
     let at = entry(root_table & ADDRESS, u64::from(bus), root::SIZE);
@@ -96,14 +101,12 @@ fn read(
         _ => return Err(blocked(Reason::CONTEXT_INVALID)),
     }
     let did = u16::try_from(hi >> context::DOMAIN & 0xffff).unwrap_or(0);
-    Ok(Context::Paging { did, paging: Paging { root: Gpa(lo & ADDRESS), levels }, quiet })
+    let paging = Paging { root: Gpa(lo & ADDRESS), levels, format: Format::Legacy, has_pasid: false };
+    Ok(Context::Paging { did, paging, quiet })
 }
 
-fn ones(bits: u32) -> u64 {
-    1_u64.checked_shl(bits).map_or(u64::MAX, |bytes| bytes.saturating_sub(1))
-}
-
-fn entry(table: u64, index: u64, size: u64) -> Option<u64> {
+/// Where an entry is.
+pub(crate) fn entry(table: u64, index: u64, size: u64) -> Option<u64> {
     table.checked_add(index.checked_mul(size)?)
 }
 

@@ -4,7 +4,7 @@ use viommu::domain::{Found, Walk};
 use viommu::{Access, Gpa, Iova};
 
 use crate::memory::TableMemory;
-use crate::paging::{ENTRIES, Entry, LEVELS, Paging, Rules, clear_of_interrupts, index, mask, page, place};
+use crate::paging::{ENTRIES, Entry, LEVELS, Paging, Rules, index, mask, page, place, usable};
 
 /// Entries that one slice of a sync reads, about.
 pub(crate) const SLICE_ENTRIES: u64 = 8192;
@@ -118,7 +118,7 @@ impl<'m> Cursor<'m> {
         }
         loop {
             let raw = self.entry(&mut table, level, at, last);
-            let entry = raw.map_or(Entry::Absent, |raw| self.rules.decode(level, raw));
+            let entry = raw.map_or(Entry::Absent, |raw| self.rules.decode(self.paging.format, level, raw));
             let access = table.access;
             *self.slot(level) = Some(table);
             if raw.is_none() {
@@ -132,10 +132,7 @@ impl<'m> Cursor<'m> {
                     let allowed = access & own;
                     let whole = page(at, level, gpa, allowed).filter(|_| !allowed.is_empty());
                     let Some(whole) = whole else { return hole };
-                    return match clear_of_interrupts(whole, at) {
-                        Some(part) => Stop::Page(part),
-                        None => Stop::Hole(crate::paging::INTERRUPTS.1.min(whole.range.last())),
-                    };
+                    return usable(whole, at, self.paging.has_pasid).map_or_else(Stop::Hole, Stop::Page);
                 }
                 Entry::Table(next, own) => {
                     let start = Iova(at.0 & !mask(level));

@@ -10,6 +10,7 @@ use crate::context::{Abilities, Context};
 use crate::log;
 use crate::memory::TableMemory;
 use crate::metrics::{Counters, bump};
+use crate::paging::Rules;
 use crate::spec::fault::{self, Reason};
 use crate::spec::register::{EventControl, FaultStatus};
 use crate::sync::{Mutex, lock};
@@ -143,7 +144,7 @@ impl Registers {
 
     /// Records a fault. Gives what became of it, and the interrupt that is due.
     fn push(&mut self, word0: u64, word1: u64) -> (Outcome, Option<Msi>) {
-        const SOURCE: u64 = 0xffff;
+        const SOURCE: u64 = 0xffff | fault::RECORD_HAS_PASID | 0xf_ffff << fault::RECORD_PASID;
         if self.status.contains(FaultStatus::OVERFLOW) {
             return (Outcome::Lost, None);
         }
@@ -233,15 +234,17 @@ impl Faults {
 
     /// The reason of a fault, if there is one to record.
     fn reason(&self, fault: &viommu::Fault, context: &Context) -> Option<Reason> {
-        let denied = if fault.access.contains(Access::WRITE) { Reason::WRITE } else { Reason::READ };
         match (fault.reason, context) {
             (FaultReason::Blocked | FaultReason::Unmapped, Context::Blocked(reason, _)) => Some(*reason),
             (FaultReason::Unmapped, Context::Paging { paging, .. }) => {
                 let rules = &self.abilities.rules;
                 // Tables that say otherwise by now: the translation was not there when it was asked for.
-                Some(rules.blocks(&*self.memory, *paging, fault.iova, fault.access).unwrap_or(denied))
+                let now = rules.blocks(&*self.memory, *paging, fault.iova, fault.access);
+                Some(now.unwrap_or_else(|| Rules::denied(paging.format, fault.access)))
             }
-            (FaultReason::Permission, Context::Paging { .. }) => Some(denied),
+            (FaultReason::Permission, Context::Paging { paging, .. }) => {
+                Some(Rules::denied(paging.format, fault.access))
+            }
             _ => None,
         }
     }
@@ -263,15 +266,18 @@ impl FaultSink for Faults {
         });
         let reason = context.and_then(|(id, context)| {
             let source = u16::try_from(id.requester).ok()?;
-            Some((source, self.reason(fault, &context).filter(|_| !context.is_quiet())?))
+            let reason = self.reason(fault, &context).filter(|_| !context.is_quiet())?;
+            Some((source, id.pasid, reason))
         });
-        let Some((source, reason)) = reason else {
+        let Some((source, pasid, reason)) = reason else {
             bump(&self.counters.faults_quiet);
             return;
         };
         log::fault(fault, reason.0);
         let read = if fault.access.contains(Access::WRITE) { 0 } else { fault::RECORD_READ };
-        let word1 = u64::from(source) | u64::from(reason.0) << fault::RECORD_REASON | read;
+        let pasid =
+            pasid.map_or(0, |pasid| u64::from(pasid) << fault::RECORD_PASID | fault::RECORD_HAS_PASID);
+        let word1 = u64::from(source) | pasid | u64::from(reason.0) << fault::RECORD_REASON | read;
         let (outcome, msi) = self.with(|registers| registers.push(fault.iova.0 & !0xfff, word1));
         bump(match outcome {
             Outcome::Recorded => &self.counters.faults,

@@ -4,7 +4,7 @@ use core::sync::atomic::{AtomicU64, Ordering, fence};
 
 use viommu::{Access, Gpa, Iova, IovaRange, Mapping};
 
-use crate::paging::{clear_of_interrupts, mask, page, shift};
+use crate::paging::{mask, page, shift};
 
 /// Slots for pages of each size, by level less one; powers of two.
 const SLOTS: [usize; 3] = [512, 64, 16];
@@ -77,7 +77,7 @@ impl Iotlb {
             return None;
         }
         let access = Access::from_bits_truncate(u8::try_from(value & ACCESS).unwrap_or(0));
-        clear_of_interrupts(page(iova, level, Gpa(value & !mask(1)), access)?, iova)
+        page(iova, level, Gpa(value & !mask(1)), access)
     }
 
     /// To be called before a walk, whose result is kept if nothing was invalidated meanwhile.
@@ -85,7 +85,7 @@ impl Iotlb {
         Before(self.changes.load(Ordering::SeqCst))
     }
 
-    /// Keeps the page of `found`, a leaf of a walk (or what the interrupts leave of it).
+    /// Keeps the page of `found`, a leaf of a walk, or what the interrupts leave of it.
     pub(crate) fn put(&self, found: &Mapping, before: Before) {
         // Less the interrupts it may be smaller: then it is not kept.
         let level = (1..=3).find(|level| {

@@ -35,6 +35,7 @@ mod log;
 mod memory;
 mod metrics;
 mod paging;
+mod scalable;
 mod space;
 pub mod spec;
 mod sync;
@@ -42,4 +43,4 @@ mod unit;
 
 pub use faults::Msi;
 pub use metrics::Metrics;
-pub use unit::{Config, ConfigError, Progress, Reset, Vtd, Width};
+pub use unit::{Config, ConfigError, Progress, Reset, Stage, Vtd, Width};

@@ -1,9 +1,10 @@
 //! The guest's memory, as the unit uses it: tables, descriptors, statuses.
 
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use viommu::Gpa;
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, VolatileMemory};
 
 /// Bytes of a word of a table.
 pub(crate) const WORD: u64 = 8;
@@ -13,8 +14,21 @@ pub(crate) trait TableMemory: Send + Sync {
     /// Fills `words` from `at` on, which is a multiple of 8; all inside one page. Whether all of it is memory.
     fn read(&self, at: Gpa, words: &mut [u64]) -> bool;
 
+    /// Writes `new` at `at`, a multiple of 8, where `old` still is.
+    fn exchange(&self, at: Gpa, old: u64, new: u64) -> Marked;
+
     /// Writes at `at`, a multiple of 4. Whether that is memory.
     fn write_u32(&self, at: Gpa, value: u32) -> bool;
+}
+
+/// What became of a word that was to be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Marked {
+    Done,
+    /// Something else is there by now.
+    Changed,
+    /// There is no memory.
+    Nowhere,
 }
 
 /// Any memory of vm-memory.
@@ -43,6 +57,19 @@ where
             *word = read.as_ref().map_or(0, |read| u64::from_le(*read));
             read.is_ok()
         })
+    }
+
+    fn exchange(&self, at: Gpa, old: u64, new: u64) -> Marked {
+        let memory = self.0.memory();
+        let slice = GuestMemoryBackend::get_slice(&*memory, GuestAddress(at.0), size_of::<u64>());
+        let Ok(slice) = slice else { return Marked::Nowhere };
+        let Ok(word) = slice.get_atomic_ref::<AtomicU64>(0) else { return Marked::Nowhere };
+        let outcome = word.compare_exchange(old.to_le(), new.to_le(), Ordering::AcqRel, Ordering::Acquire);
+        if outcome.is_err() {
+            return Marked::Changed;
+        }
+        slice.bitmap().mark_dirty(0, size_of::<u64>());
+        Marked::Done
     }
 
     fn write_u32(&self, at: Gpa, value: u32) -> bool {

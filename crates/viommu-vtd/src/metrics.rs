@@ -28,6 +28,8 @@ macro_rules! counters {
 counters! {
     /// Invalidations of context entries, by descriptor or register.
     context_invalidations,
+    /// Invalidations of PASID entries.
+    pasid_invalidations,
     /// Invalidations of translations of some pages.
     page_invalidations,
     /// Invalidations of translations of a domain id or of everything.

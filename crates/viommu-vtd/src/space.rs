@@ -10,7 +10,7 @@ use crate::context::{Abilities, Context, look_up};
 use crate::iotlb::Iotlb;
 use crate::memory::TableMemory;
 use crate::metrics::{Counters, bump};
-use crate::paging::{Paging, clear_of_interrupts};
+use crate::paging::{Paging, usable};
 use crate::sync::{Mutex, lock};
 
 /// What all walkers of a unit share.
@@ -54,7 +54,7 @@ impl Walker for TableWalker {
         let before = self.iotlb.before();
         bump(&self.shared.counters.walks);
         let Shared { memory, abilities, .. } = &*self.shared;
-        let leaf = abilities.rules.leaf(&**memory, self.paging(), iova).ok()?;
+        let leaf = abilities.rules.leaf(&**memory, self.paging(), iova)?;
         self.iotlb.put(&leaf, before);
         Some(leaf)
     }
@@ -91,8 +91,7 @@ impl EndpointWalker {
             current.changes
         };
         let Shared { memory, abilities, root_table, .. } = &*self.shared;
-        let requester = u16::try_from(self.id.requester).unwrap_or(u16::MAX);
-        let context = look_up(&**memory, abilities, root_table.load(Ordering::Acquire), requester);
+        let context = look_up(&**memory, abilities, root_table.load(Ordering::Acquire), self.id);
         let walker = match context {
             Context::Paging { paging, .. } => Some(Arc::new(TableWalker::new(self.shared.clone(), paging))),
             Context::Pass => None,
@@ -136,7 +135,7 @@ impl Walker for EndpointWalker {
             (_, Some(walker)) => walker.walk(iova),
             (Context::Pass, _) => {
                 let all = Mapping::over(IovaRange::ALL, Gpa(0), Access::RW)?;
-                clear_of_interrupts(all, iova)
+                usable(all, iova, self.id.pasid.is_some()).ok()
             }
             _ => None,
         }

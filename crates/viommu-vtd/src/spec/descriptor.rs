@@ -58,6 +58,19 @@ pub const WAIT_DATA: u32 = 32;
 /// Word 0 and 1 of [`WAIT`]: reserved. Bits 6 (fence) and 7 (page request drain) are not.
 pub const WAIT_RESERVED: [u64; 2] = [0xffff_f100, 3];
 
+/// Word 0 and 1 of [`PASID_IOTLB`]: reserved.
+pub const PASID_IOTLB_RESERVED: [u64; 2] = [0xfff0_0000_0000_f1c0, 0xf80];
+/// Word 0 of [`PASID`]: reserved.
+pub const PASID_RESERVED: u64 = 0xfff0_0000_0000_f1c0;
+/// Where the source id begins, 16 bits of word 0 of [`PASID_DEVICE_TLB`].
+pub const PASID_SOURCE: u32 = 16;
+/// Bit of word 1 of [`PASID_DEVICE_TLB`]: every PASID is meant.
+pub const EVERY_PASID: u64 = 1;
+/// Bit of word 1 of [`PASID_DEVICE_TLB`]: the address says how many pages.
+pub const PASID_SIZED: u64 = 1 << 11;
+/// Word 1 of [`PASID_DEVICE_TLB`]: reserved.
+pub const PASID_DEVICE_TLB_RESERVED: u64 = 0x7fe;
+
 /// Granularities of [`PASID_IOTLB`].
 pub mod pasid_iotlb {
     /// All of a PASID.

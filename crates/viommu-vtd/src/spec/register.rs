@@ -151,6 +151,8 @@ pub mod extended {
     pub const FIRST_STAGE: u64 = 1 << 47;
     /// Walks of scalable-mode structures are coherent.
     pub const SCALABLE_COHERENT: u64 = 1 << 48;
+    /// Context entries say which PASID requests without one have.
+    pub const RID_PASID: u64 = 1 << 49;
 }
 
 /// RTADDR, "Root Table Address Register".

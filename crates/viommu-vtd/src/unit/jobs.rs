@@ -5,7 +5,7 @@ use core::pin::Pin;
 use core::task::Context as TaskContext;
 use std::collections::VecDeque;
 
-use viommu::{Completion, Iova, IovaRange, StepError, StepErrorKind};
+use viommu::{Completion, EndpointId, Iova, IovaRange, StepError, StepErrorKind};
 
 use super::domains::Kind;
 use super::queue::Wait;
@@ -34,7 +34,28 @@ pub(crate) enum Task {
     /// The record of a domain is to be compared with the tables.
     Compare { number: u32, range: IovaRange, spent: u64 },
     /// A device's TLB.
-    DeviceTlb { source: u16, range: IovaRange },
+    DeviceTlb { source: u16, pasids: Pasids, range: IovaRange },
+}
+
+/// Which address spaces of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pasids {
+    /// That of its requests without PASID.
+    Without,
+    /// That of a PASID.
+    One(u32),
+    /// Those of all its PASIDs.
+    Every,
+}
+
+impl Pasids {
+    fn has(self, pasid: Option<u32>) -> bool {
+        match self {
+            Self::Without => pasid.is_none(),
+            Self::One(own) => pasid == Some(own),
+            Self::Every => pasid.is_some(),
+        }
+    }
 }
 
 /// What the driver sees when it is done.
@@ -155,17 +176,23 @@ impl Inner {
             Task::Switch => self.switch(control, done),
             Task::Translations { did, range } => self.invalidate(control, did, range, done),
             Task::Compare { number, range, spent } => self.compare(control, number, range, spent, done),
-            Task::DeviceTlb { source, range } => {
-                let endpoint = self.iommu.endpoint(u32::from(source));
-                match endpoint.map(|endpoint| endpoint.invalidate_device_tlb(range)) {
-                    Some(Ok(completion)) => done.merge(completion),
-                    Some(Err(error)) => {
-                        log::trouble("a device's TLB could not be told", &error);
-                        done.merge(error.completion);
-                    }
-                    None => {}
+            Task::DeviceTlb { source, pasids, range } => {
+                let is_meant = |id: &&EndpointId| id.requester == u32::from(source) && pasids.has(id.pasid);
+                for id in control.members.keys().filter(is_meant) {
+                    self.invalidate_device_tlb(*id, range, done);
                 }
             }
+        }
+    }
+
+    fn invalidate_device_tlb(&self, id: EndpointId, range: IovaRange, done: &mut Completion) {
+        match self.iommu.endpoint(id).map(|endpoint| endpoint.invalidate_device_tlb(range)) {
+            Some(Ok(completion)) => done.merge(completion),
+            Some(Err(error)) => {
+                log::trouble("a device's TLB could not be told", &error);
+                done.merge(error.completion);
+            }
+            None => {}
         }
     }
 

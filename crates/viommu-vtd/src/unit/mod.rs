@@ -43,12 +43,25 @@ pub enum Width {
     Bits57,
 }
 
+/// Whose tables a unit of scalable mode has. Only one of them, so that a driver has no choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Stage {
+    /// Tables as legacy mode has them. With caching mode new entries are announced.
+    Second,
+    /// Tables as processors have them. New entries are never announced, whatever caching mode says, so that no mirror
+    /// can subscribe.
+    First,
+}
+
 /// What the unit offers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Whether the driver must announce new entries too. Without it no mirror can subscribe.
     pub caching_mode: bool,
-    /// What can be translated.
+    /// Scalable mode: PASIDs, and tables of one stage. A driver may use legacy mode all the same; `None` is legacy mode
+    /// alone.
+    pub scalable: Option<Stage>,
+    /// What can be translated. First-stage tables have 4 or, with 57 bits, 4 or 5 levels.
     pub width: Width,
     /// Bits of a guest physical address: those above are reserved in all tables. From 32 to 52.
     pub host_bits: u32,
@@ -65,12 +78,22 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             caching_mode: true,
+            scalable: None,
             width: Width::Bits48,
             host_bits: 48,
             pass_through: true,
             device_tlb: false,
             walk_entries: 1 << 27,
         }
+    }
+}
+
+impl Config {
+    /// Whether the driver announces every new entry, so that a mirror can follow: with caching mode, but not where
+    /// first-stage tables are offered.
+    #[must_use]
+    pub fn announces(&self) -> bool {
+        self.caching_mode && self.scalable != Some(Stage::First)
     }
 }
 
@@ -140,7 +163,7 @@ pub(crate) struct Control {
 /// Which domains have mirrors. The core asks under its locks, so this is a lock below all of them.
 #[derive(Default)]
 pub(crate) struct Wants {
-    caching_mode: bool,
+    announced: bool,
     domains: Mutex<Wanted>,
     notifier: RwLock<Option<Arc<dyn Fn() + Send + Sync>>>,
 }
@@ -165,8 +188,9 @@ impl Wants {
 impl Producer for Wants {
     fn wanted_changed(&self, space: Space, old: Kinds, new: Kinds) -> Result<(), Refused> {
         // Refused wherever the endpoint is now: it would be when the driver switches translation on.
-        if new.contains(Kinds::MAP) && !self.caching_mode {
-            let why = "the driver does not announce new entries (caching mode is off)";
+        if new.contains(Kinds::MAP) && !self.announced {
+            let why =
+                "the driver does not announce new entries (caching mode is off, or tables are first-stage)";
             return Err(Refused::new(RefusalKind::Unsupported, why));
         }
         let Space::Domain(domain) = space else { return Ok(()) };
@@ -211,17 +235,21 @@ impl Vtd {
         if !(32..=52).contains(&config.host_bits) {
             return Err(ConfigError::Limits("guest physical addresses have 32 to 52 bits"));
         }
+        if config.width == Width::Bits39 && config.scalable == Some(Stage::First) {
+            return Err(ConfigError::Limits("first-stage tables have 48 or 57 bits"));
+        }
         let (levels, guest_bits) = match config.width {
             Width::Bits39 => (3, 39),
             Width::Bits48 => (4, 48),
             Width::Bits57 => (5, 57),
         };
         let rules = Rules { host_bits: config.host_bits, guest_bits, device_tlb: config.device_tlb };
-        let abilities = Abilities { rules, levels, pass_through: config.pass_through };
+        let Config { pass_through, scalable, .. } = config;
+        let abilities = Abilities { rules, levels, pass_through, scalable };
         let memory: Arc<dyn TableMemory> = Arc::new(Adapter(memory));
         let counters = Arc::new(Counters::default());
         let faults = Arc::new(Faults::new(memory.clone(), abilities, counters.clone()));
-        let wants = Arc::new(Wants { caching_mode: config.caching_mode, ..Wants::default() });
+        let wants = Arc::new(Wants { announced: config.announces(), ..Wants::default() });
         let shared = Arc::new(Shared { memory, abilities, counters, root_table: Default::default() });
         let builder = builder.page_size(4096).aperture(IovaRange::ALL).bypass(true);
         let iommu = builder.faults(faults.clone()).producer(wants.clone()).build()?;
@@ -360,14 +388,50 @@ impl Vtd {
         Ok(endpoint)
     }
 
-    /// Takes an endpoint away (hot-unplug). Its device has been stopped before; the completion says when nothing of it is
+    /// Adds a process address space of an endpoint that is there: requests of it with `pasid`. In scalable mode it sees
+    /// what the PASID's entry says; in legacy mode, and while translation is off, nothing. Addresses of interrupts are
+    /// ordinary ones for it.
+    ///
+    /// # Errors
+    /// [`AttachErrorKind::NoEndpoint`] if the unit has no scalable mode, the PASID has more than 20 bits, or the endpoint
+    /// is not there; else as [`Vtd::add_endpoint`]. Nothing has changed.
+    pub fn add_pasid(&self, requester: u16, pasid: u32) -> Result<Endpoint, AttachErrorKind> {
+        let mut control = self.lock();
+        let of = EndpointId::new(u32::from(requester));
+        let id = of.with_pasid(pasid);
+        let is_possible = self.0.config.scalable.is_some() && pasid >> registers::PASID_BITS == 0;
+        if !is_possible || !control.members.contains_key(&of) {
+            return Err(AttachErrorKind::NoEndpoint(id));
+        }
+        let added = self.0.iommu.add_endpoint(id, EndpointConfig::default());
+        let endpoint = added.map_err(|error| error.kind)?;
+        if let Err(kind) = self.0.join(&mut control, id) {
+            drop(self.0.leave(&mut control, id));
+            return Err(kind);
+        }
+        Ok(endpoint)
+    }
+
+    /// Takes a process address space away. Its device has stopped using it before; the completion says when nothing of it
+    /// is in use any more.
+    ///
+    /// # Errors
+    /// [`AttachErrorKind::NoEndpoint`].
+    pub fn remove_pasid(&self, requester: u16, pasid: u32) -> Result<Completion, AttachErrorKind> {
+        self.remove(EndpointId::new(u32::from(requester)).with_pasid(pasid))
+    }
+
+    /// Takes an endpoint away (hot-unplug), and its PASIDs. Its device has been stopped before; the completion says when nothing of it is
     /// in use any more.
     ///
     /// # Errors
     /// [`AttachErrorKind::NoEndpoint`].
     pub fn remove_endpoint(&self, requester: u16) -> Result<Completion, AttachErrorKind> {
+        self.remove(EndpointId::new(u32::from(requester)))
+    }
+
+    fn remove(&self, id: EndpointId) -> Result<Completion, AttachErrorKind> {
         let mut control = self.lock();
-        let id = EndpointId::new(u32::from(requester));
         if !control.members.contains_key(&id) {
             return Err(AttachErrorKind::NoEndpoint(id));
         }

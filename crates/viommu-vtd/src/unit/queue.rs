@@ -2,7 +2,7 @@
 
 use viommu::{Gpa, Iova, IovaRange};
 
-use super::jobs::{After, Task};
+use super::jobs::{After, Pasids, Task};
 use super::views::Which;
 use super::{Control, Inner};
 use crate::log;
@@ -14,8 +14,9 @@ use crate::spec::register::FaultStatus;
 
 /// The most pages of one page-selective invalidation: 2^18, so 1 GiB.
 pub(crate) const MAX_MASK: u8 = 18;
-/// Bytes of a descriptor.
+/// Bytes of a descriptor, and of a wide one.
 pub(crate) const NARROW: u64 = 16;
+pub(crate) const WIDE: u64 = 32;
 
 /// What a wait descriptor wants.
 #[derive(Clone, Copy, Debug)]
@@ -34,12 +35,17 @@ impl Inner {
             return false;
         }
         let Some(at) = control.registers.next_descriptor() else { return false };
-        let mut words = [0; 2];
-        let there = at.is_some_and(|at| self.shared.memory.read(at, &mut words));
-        let [low, high] = words;
-        let decoded = match there {
-            true => decode(low, high),
-            false => Err(Malformed("a descriptor that cannot be read")),
+        let is_wide = control.registers.has_wide_queue();
+        // Only scalable mode has wide ones.
+        let at = at.filter(|_| !is_wide || self.config.scalable.is_some());
+        let mut words = [0; 4];
+        let (own, _) = words.split_at_mut(if is_wide { 4 } else { 2 });
+        let there = at.is_some_and(|at| self.shared.memory.read(at, own));
+        let [low, high, rest @ ..] = words;
+        let decoded = match (there, rest) {
+            (false, _) => Err(Malformed("a descriptor that cannot be read")),
+            (true, [0, 0]) => decode(low, high, self.config.scalable.is_some()),
+            (true, _) => Err(Malformed("reserved bits in the upper half of a descriptor")),
         };
         match decoded {
             Ok((task, after)) => {
@@ -60,6 +66,7 @@ impl Inner {
     pub(super) fn count(&self, task: Option<&Task>) {
         let counters = &self.shared.counters;
         match task {
+            Some(Task::Contexts(Which::Pasid(_) | Which::Pasids)) => bump(&counters.pasid_invalidations),
             Some(Task::Contexts(_)) => bump(&counters.context_invalidations),
             Some(Task::Translations { range, .. }) if *range == IovaRange::ALL => {
                 bump(&counters.wide_invalidations);
@@ -85,7 +92,8 @@ impl Inner {
     }
 }
 
-fn decode(low: u64, high: u64) -> Result<(Option<Task>, After), Malformed> {
+/// `scalable`: whether there are descriptors for PASIDs.
+fn decode(low: u64, high: u64, scalable: bool) -> Result<(Option<Task>, After), Malformed> {
     let byte = |word: u64| u8::try_from(word & 0xff).unwrap_or(0);
     let kind = byte(low & 0xf | (low >> d::TYPE_HIGH & 7) << 4);
     let granularity = byte(low >> d::GRANULARITY & 3);
@@ -111,9 +119,9 @@ fn decode(low: u64, high: u64) -> Result<(Option<Task>, After), Malformed> {
             if low & reserved_low != 0 || high & reserved_high != 0 {
                 return Err(Malformed("reserved bits in a device-TLB descriptor"));
             }
-            let range =
-                device_tlb_range(high).ok_or(Malformed("a device-TLB descriptor of no known range"))?;
-            Task::DeviceTlb { source, range }
+            let range = sized_range(high, high & d::SIZED != 0)
+                .ok_or(Malformed("a device-TLB descriptor of no known range"))?;
+            Task::DeviceTlb { source, pasids: Pasids::Without, range }
         }
         // There is no interrupt remapping, and nothing of it to forget.
         d::INTERRUPT => return Ok((None, After::Descriptor)),
@@ -126,9 +134,51 @@ fn decode(low: u64, high: u64) -> Result<(Option<Task>, After), Malformed> {
                 .then(|| (Gpa(high), u32::try_from(low >> d::WAIT_DATA).unwrap_or(0)));
             return Ok((None, After::Wait(Wait { interrupt: low & d::WAIT_INTERRUPT != 0, status })));
         }
+        d::PASID_IOTLB | d::PASID | d::PASID_DEVICE_TLB if scalable => {
+            of_pasids(kind, low, high).ok_or(Malformed("a descriptor for PASIDs of no known kind"))?
+        }
         _ => return Err(Malformed("a descriptor of no known type")),
     };
     Ok((Some(task), After::Descriptor))
+}
+
+/// A descriptor that is about PASIDs.
+fn of_pasids(kind: u8, low: u64, high: u64) -> Option<Task> {
+    let granularity = u8::try_from(low >> d::GRANULARITY & 3).ok()?;
+    let pasid = u32::try_from(low >> d::PASID_FIELD & 0xf_ffff).ok()?;
+    let did = half(low >> d::DOMAIN_ID);
+    match kind {
+        d::PASID_IOTLB => {
+            let [reserved_low, reserved_high] = d::PASID_IOTLB_RESERVED;
+            if low & reserved_low != 0 || high & reserved_high != 0 {
+                return None;
+            }
+            // Whoever has the domain id: which PASIDs have it is in tables that may say something else by now.
+            match granularity {
+                d::pasid_iotlb::ALL => translations(d::DOMAIN, did, 0),
+                d::pasid_iotlb::PAGES => translations(d::SELECTIVE, did, high),
+                _ => None,
+            }
+        }
+        d::PASID => {
+            if low & d::PASID_RESERVED != 0 || high != 0 {
+                return None;
+            }
+            match granularity {
+                d::pasid::DOMAIN | d::pasid::GLOBAL => Some(Task::Contexts(Which::Pasids)),
+                d::pasid::SELECTIVE => Some(Task::Contexts(Which::Pasid(pasid))),
+                _ => None,
+            }
+        }
+        _ => {
+            if high & d::PASID_DEVICE_TLB_RESERVED != 0 {
+                return None;
+            }
+            let pasids = if high & d::EVERY_PASID != 0 { Pasids::Every } else { Pasids::One(pasid) };
+            let range = sized_range(high, high & d::PASID_SIZED != 0)?;
+            Some(Task::DeviceTlb { source: half(low >> d::PASID_SOURCE), pasids, range })
+        }
+    }
 }
 
 fn half(word: u64) -> u16 {
@@ -169,9 +219,9 @@ pub(super) fn translations(granularity: u8, did: u16, address: u64) -> Option<Ta
 }
 
 /// The pages of a device-TLB descriptor: one, or as many as the lowest bit that is zero says.
-fn device_tlb_range(address: u64) -> Option<IovaRange> {
+fn sized_range(address: u64, is_sized: bool) -> Option<IovaRange> {
     let page = address >> PAGE_BITS;
-    let order = if address & d::SIZED == 0 { 0 } else { page.trailing_ones().checked_add(1)? };
+    let order = if is_sized { page.trailing_ones().checked_add(1)? } else { 0 };
     let last =
         1_u64.checked_shl(PAGE_BITS.checked_add(order)?).map_or(u64::MAX, |bytes| bytes.saturating_sub(1));
     IovaRange::new(Iova(address & !last), Iova(address | last))
@@ -191,7 +241,7 @@ mod tests {
     }
 
     fn task(low: u64, high: u64) -> Option<Task> {
-        decode(low, high).ok()?.0
+        decode(low, high, true).ok()?.0
     }
 
     #[test]
@@ -226,7 +276,7 @@ mod tests {
             (2 | 1 << 4 | 1 << 9, 0),
             (15, 0),
         ] {
-            assert!(decode(low, high).is_err(), "{low:#x} {high:#x}");
+            assert!(decode(low, high, false).is_err(), "{low:#x} {high:#x}");
         }
     }
 
@@ -241,8 +291,15 @@ mod tests {
         assert_eq!(source(0x10 << 32 | 3 << 48), Some((0x10, 0xfff8)));
     }
 
+    fn device_tlb_range(high: u64) -> Option<IovaRange> {
+        match task(3, high) {
+            Some(Task::DeviceTlb { range, .. }) => Some(range),
+            _ => None,
+        }
+    }
+
     #[test]
-    fn device_tlb_range_when_sized_ends_at_the_lowest_zero_bit() {
+    fn sized_range_when_sized_ends_at_the_lowest_zero_bit() {
         assert_eq!(device_tlb_range(0x5000), Some(range(0x5000, 0x5fff)));
         assert_eq!(device_tlb_range(0x4000 | 1), Some(range(0x4000, 0x5fff)));
         assert_eq!(device_tlb_range(0x1_1000 | 1), Some(range(0x1_0000, 0x1_3fff)));

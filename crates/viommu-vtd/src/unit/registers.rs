@@ -3,9 +3,9 @@
 use viommu::Gpa;
 
 use super::jobs::{After, Task};
-use super::queue::{MAX_MASK, NARROW, contexts, place, translations};
+use super::queue::{MAX_MASK, NARROW, WIDE, contexts, place, translations};
 use super::views::Which;
-use super::{Config, Control, Inner, Width};
+use super::{Config, Control, Inner, Stage, Width};
 use crate::faults::{Event, Msi, RECORDS, halves};
 use crate::log;
 use crate::spec::register as r;
@@ -15,6 +15,8 @@ use viommu::IovaRange;
 
 /// Bytes of a fault record.
 const RECORD: u64 = 16;
+/// Bits of a PASID.
+pub(crate) const PASID_BITS: u32 = 20;
 
 /// A register that reads as busy until what it asked for is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,14 +87,24 @@ impl Registers {
         if !self.status.contains(Global::QUEUE) || self.head == self.tail {
             return None;
         }
-        // A tail behind the end is never reached.
-        let there = self.tail < self.queue_bytes() && self.queue_address & r::queue_address::WIDE == 0;
+        // A tail behind the end, or inside a descriptor, is never reached.
+        let bytes = self.descriptor_bytes();
+        let fits = self.tail.is_multiple_of(bytes) && self.head.is_multiple_of(bytes);
+        let there = self.tail < self.queue_bytes() && fits;
         Some(place(self.queue_address & !0xfff, self.head).filter(|_| there))
+    }
+
+    pub(super) fn has_wide_queue(&self) -> bool {
+        self.queue_address & r::queue_address::WIDE != 0
+    }
+
+    fn descriptor_bytes(&self) -> u64 {
+        if self.has_wide_queue() { WIDE } else { NARROW }
     }
 
     /// A descriptor is done.
     pub(super) fn advance(&mut self) {
-        let next = self.head.saturating_add(NARROW);
+        let next = self.head.saturating_add(self.descriptor_bytes());
         self.head = if next >= self.queue_bytes() { 0 } else { next };
     }
 
@@ -141,6 +153,11 @@ impl Config {
         };
         let records = u64::try_from(RECORDS).unwrap_or(1).saturating_sub(1);
         let caching = if self.caching_mode { c::CACHING_MODE } else { 0 };
+        let first = match (self.scalable, self.width) {
+            (Some(Stage::First), Width::Bits57) => c::FIRST_STAGE_1G | c::FIVE_LEVELS,
+            (Some(Stage::First), _) => c::FIRST_STAGE_1G,
+            (Some(Stage::Second) | None, _) => 0,
+        };
         6 << c::DOMAINS
             | caching
             | widths << c::WIDTHS
@@ -152,6 +169,7 @@ impl Config {
             | u64::from(MAX_MASK) << c::MAX_MASK
             | c::WRITE_DRAIN
             | c::READ_DRAIN
+            | first
     }
 
     /// ECAP.
@@ -159,11 +177,19 @@ impl Config {
         use crate::spec::register::extended as e;
         let pass = if self.pass_through { e::PASS_THROUGH } else { 0 };
         let device_tlb = if self.device_tlb { e::DEVICE_TLB } else { 0 };
+        let bits = u64::from(PASID_BITS).saturating_sub(1) << e::PASID_BITS;
+        let both = e::SCALABLE | e::SCALABLE_COHERENT | e::RID_PASID | e::PASID | bits;
+        let scalable = match self.scalable {
+            None => 0,
+            Some(Stage::Second) => e::SECOND_STAGE | both,
+            Some(Stage::First) => e::FIRST_STAGE | both,
+        };
         e::COHERENT
             | e::QUEUE
             | e::SNOOP_CONTROL
             | pass
             | device_tlb
+            | scalable
             | (r::INVALIDATE_ADDRESS / 16) << e::IOTLB_OFFSET
     }
 }

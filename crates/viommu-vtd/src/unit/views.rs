@@ -31,15 +31,20 @@ pub(crate) enum Which {
         source: u16,
         mask: u16,
     },
+    /// Those of scalable mode that a PASID entry says.
+    Pasids,
+    /// The PASID, of any requester; and requests without one, which may have any.
+    Pasid(u32),
 }
 
 impl Which {
     fn has(self, id: EndpointId) -> bool {
         match self {
-            Self::All => true,
+            Self::All | Self::Pasids => true,
             Self::Source { source, mask } => {
                 u16::try_from(id.requester).is_ok_and(|requester| (requester ^ source) & mask == 0)
             }
+            Self::Pasid(pasid) => id.pasid.is_none_or(|own| own == pasid),
         }
     }
 }
@@ -48,7 +53,7 @@ impl Inner {
     /// An endpoint has come.
     pub(super) fn join(&self, control: &mut Control, id: EndpointId) -> Result<(), AttachErrorKind> {
         let mut member = Member { attached: None, walker: None, own: None };
-        if self.config.caching_mode {
+        if self.config.announces() {
             self.faults.know(id, None);
         } else {
             let walker = Arc::new(EndpointWalker::new(self.shared.clone(), id));
@@ -57,19 +62,20 @@ impl Inner {
             member.walker = Some(walker);
         }
         control.members.insert(id, member);
-        if control.registers.is_translating() {
-            let source = u16::try_from(id.requester).unwrap_or(0);
-            let mut done = Completion::ready();
-            self.refresh(control, Which::Source { source, mask: u16::MAX }, &mut done);
-            control.done(done);
-        }
+        let mut done = Completion::ready();
+        self.refresh_those(control, &[id], &mut done);
+        control.done(done);
         Ok(())
     }
 
-    /// An endpoint goes.
+    /// An endpoint goes, and its PASIDs with it.
     pub(super) fn leave(&self, control: &mut Control, id: EndpointId) -> Completion {
-        control.members.remove(&id);
-        self.faults.know(id, None);
+        let goes = |other: &EndpointId| *other == id || id.pasid.is_none() && other.requester == id.requester;
+        let ids: Vec<_> = control.members.keys().copied().filter(goes).collect();
+        for id in ids {
+            control.members.remove(&id);
+            self.faults.know(id, None);
+        }
         let mut done = match self.iommu.endpoint(id).map(viommu::Endpoint::remove) {
             Some(Ok(completion)) => completion,
             Some(Err(error)) => {
@@ -106,14 +112,18 @@ impl Inner {
     /// Reads contexts again, and brings their endpoints to what they say. Gives whether domains may have mirrors that are
     /// to be filled.
     pub(super) fn refresh(&self, control: &mut Control, which: Which, done: &mut Completion) {
+        let ids: Vec<_> = control.members.keys().copied().filter(|id| which.has(*id)).collect();
+        self.refresh_those(control, &ids, done);
+    }
+
+    fn refresh_those(&self, control: &mut Control, ids: &[EndpointId], done: &mut Completion) {
         if !control.registers.is_translating() {
             return;
         }
-        let ids: Vec<_> = control.members.keys().copied().filter(|id| which.has(*id)).collect();
-        if self.config.caching_mode {
-            self.follow_contexts(control, &ids, done);
+        if self.config.announces() {
+            self.follow_contexts(control, ids, done);
         } else {
-            self.forget_contexts(control, &ids, done);
+            self.forget_contexts(control, ids, done);
         }
         self.sweep(control, done);
     }
@@ -147,8 +157,7 @@ impl Inner {
         let root_table = self.shared.root_table.load(core::sync::atomic::Ordering::Acquire);
         let mut contexts = BTreeMap::new();
         for id in ids {
-            let requester = u16::try_from(id.requester).unwrap_or(u16::MAX);
-            let context = look_up(&*self.shared.memory, &self.shared.abilities, root_table, requester);
+            let context = look_up(&*self.shared.memory, &self.shared.abilities, root_table, *id);
             contexts.insert(*id, context);
         }
         self.repoint(control, &contexts, done);

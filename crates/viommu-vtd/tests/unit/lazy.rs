@@ -8,6 +8,7 @@ use viommu_vtd::Config;
 use crate::rig::*;
 
 const LAZY: Config = Config {
+    scalable: None,
     caching_mode: false,
     width: viommu_vtd::Width::Bits48,
     host_bits: 48,

@@ -9,3 +9,6 @@ mod mirrors;
 mod random;
 mod registers;
 mod rig;
+mod scalable;
+mod scalable_faults;
+mod weaknesses;

@@ -7,7 +7,7 @@ use viommu::fuzzing::recording::{Event, Handle, RecordingMirror};
 use viommu::subscribe::{Interest, Reach};
 use viommu::{Access, Endpoint, Fault, Iommu, Iova, Mapping, Reader, Subscription};
 use viommu_vtd::spec::register as r;
-use viommu_vtd::{Config, Msi, Progress, Vtd};
+use viommu_vtd::{Config, Msi, Progress, Stage, Vtd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 pub(crate) const RAM: u64 = 64 << 20;
@@ -23,6 +23,9 @@ pub(crate) const READ: u64 = 1;
 pub(crate) const WRITE: u64 = 2;
 pub(crate) const RW: u64 = 3;
 pub(crate) const LARGE: u64 = 1 << 7;
+/// Present, writable, a user's; and not writable: entries of a first stage.
+pub(crate) const FIRST_RW: u64 = 7;
+pub(crate) const FIRST_READ: u64 = 5;
 
 pub(crate) struct Rig {
     pub(crate) memory: Arc<GuestMemoryMmap<()>>,
@@ -31,6 +34,8 @@ pub(crate) struct Rig {
     next: u64,
     waits: u32,
     levels: u32,
+    /// The mode that the driver uses.
+    stage: Option<Stage>,
 }
 
 impl Rig {
@@ -50,7 +55,7 @@ impl Rig {
             viommu_vtd::Width::Bits48 => 4,
             viommu_vtd::Width::Bits57 => 5,
         };
-        Self { memory, vtd, interrupts, next: TABLES, waits: 0, levels }
+        Self { memory, vtd, interrupts, next: TABLES, waits: 0, levels, stage: config.scalable }
     }
 
     /// A unit that translates, with `DEVICE` behind it and no context entries.
@@ -61,14 +66,24 @@ impl Rig {
         (rig, endpoint)
     }
 
+    /// As the last, but the driver uses legacy mode whatever else there is.
+    pub(crate) fn started_in_legacy_mode(config: Config) -> (Self, Endpoint) {
+        let mut rig = Self::new(config);
+        rig.stage = None;
+        let endpoint = rig.vtd.add_endpoint(DEVICE).unwrap();
+        rig.start();
+        (rig, endpoint)
+    }
+
     pub(crate) fn start(&mut self) {
+        let (mode, wide) = if self.stage.is_some() { (1 << 10, 1 << 11) } else { (0, 0) };
         self.write32(r::FAULT_DATA, 0x41);
         self.write32(r::FAULT_ADDRESS, 0xfee0_0000);
         self.write32(r::FAULT_CONTROL, 0);
         self.write64(r::QUEUE_TAIL, 0);
-        self.write64(r::QUEUE_ADDRESS, QUEUE);
+        self.write64(r::QUEUE_ADDRESS, QUEUE | wide);
         self.command(1 << 26);
-        self.write64(r::ROOT_TABLE, ROOT);
+        self.write64(r::ROOT_TABLE, ROOT | mode);
         self.command(1 << 26 | 1 << 30);
         self.global_invalidation();
         self.command(1 << 26 | 1 << 31);
@@ -130,13 +145,46 @@ impl Rig {
         at
     }
 
-    fn context_at(&mut self, requester: u16) -> u64 {
-        let root = ROOT + u64::from(requester >> 8) * 16;
+    pub(crate) fn context_at(&mut self, requester: u16) -> u64 {
+        let (mut root, function) = (ROOT + u64::from(requester >> 8) * 16, u64::from(requester & 0xff));
+        if self.stage.is_some() {
+            root += function / 128 * 8;
+        }
         if self.peek(root) & 1 == 0 {
             let table = self.table();
             self.poke(root, table | 1);
         }
-        (self.peek(root) & !0xfff) + u64::from(requester & 0xff) * 16
+        let place = if self.stage.is_some() { function % 128 * 32 } else { function * 16 };
+        (self.peek(root) & !0xfff) + place
+    }
+
+    /// Where a PASID's entry is, with what leads to it made: a directory of 128 entries, and requests with PASIDs allowed.
+    pub(crate) fn pasid_at(&mut self, requester: u16, pasid: u64) -> u64 {
+        let context = self.context_at(requester);
+        if self.peek(context) & 1 == 0 {
+            let directory = self.table();
+            self.poke(context, directory | 1 << 3 | 1);
+        }
+        let entry = (self.peek(context) & !0xfff) + pasid / 64 * 8;
+        if self.peek(entry) & 1 == 0 {
+            let table = self.table();
+            self.poke(entry, table | 1);
+        }
+        (self.peek(entry) & !0xfff) + pasid % 64 * 64
+    }
+
+    /// Gives a PASID the tables at `root`.
+    pub(crate) fn attach_pasid(&mut self, requester: u16, pasid: u64, did: u64, root: u64) {
+        let at = self.pasid_at(requester, pasid);
+        self.poke(at, 0);
+        self.poke(at + 8, did);
+        match self.stage.unwrap() {
+            Stage::Second => self.poke(at, root | 2 << 6 | u64::from(self.levels - 2) << 2 | 1),
+            Stage::First => {
+                self.poke(at + 16, root | u64::from(self.levels - 4) << 2);
+                self.poke(at, 1 << 6 | 1);
+            }
+        }
     }
 
     /// Writes a context entry, raw.
@@ -148,7 +196,10 @@ impl Rig {
 
     /// Gives a requester the tables at `root`.
     pub(crate) fn attach(&mut self, requester: u16, did: u64, root: u64) {
-        self.context(requester, root | 1, did << 8 | u64::from(self.levels - 2));
+        match self.stage {
+            None => self.context(requester, root | 1, did << 8 | u64::from(self.levels - 2)),
+            Some(_) => self.attach_pasid(requester, 0, did, root),
+        }
     }
 
     /// Where the entry of `iova` at `level` is, with the tables above made.
@@ -156,9 +207,10 @@ impl Rig {
         let mut table = root;
         for above in (level + 1..=self.levels).rev() {
             let at = table + (iova >> (3 + 9 * above) & 0x1ff) * 8;
-            if self.peek(at) & RW == 0 {
+            let allowed = if self.stage == Some(Stage::First) { FIRST_RW } else { RW };
+            if self.peek(at) & allowed == 0 {
                 let new = self.table();
-                self.poke(at, new | RW);
+                self.poke(at, new | allowed);
             }
             table = self.peek(at) & 0x000f_ffff_ffff_f000;
         }
@@ -188,7 +240,13 @@ impl Rig {
         for (low, high) in descriptors.iter().chain([&wait]) {
             self.poke(QUEUE + tail, *low);
             self.poke(QUEUE + tail + 8, *high);
-            tail = (tail + 16) % 4096;
+            tail += 16;
+            if self.stage.is_some() {
+                self.poke(QUEUE + tail, 0);
+                self.poke(QUEUE + tail + 8, 0);
+                tail += 16;
+            }
+            tail %= 4096;
         }
         self.write64(r::QUEUE_TAIL, tail);
         self.waits
@@ -208,14 +266,34 @@ impl Rig {
         self.submit(&[(1 | 1 << 4, 0), (2 | 1 << 4, 0)]);
     }
 
+    /// As Linux announces a fresh PASID entry.
+    pub(crate) fn announce_pasid(&mut self, pasid: u64, did: u64) {
+        self.submit(&[pasid_entry(pasid, did), whole_pasid(pasid, did)]);
+    }
+
     /// As Linux announces a fresh context entry: with domain id 0, then the translations of the new one.
     pub(crate) fn announce(&mut self, requester: u16, did: u64) {
+        if self.stage.is_some() {
+            return self.announce_pasid(0, did);
+        }
         let source = u64::from(requester) << 32;
         self.submit(&[(1 | 3 << 4 | source, 0), domain(did)]);
     }
 
     /// The unit's oldest fault, taken: source, reason, address, whether it was a read.
     pub(crate) fn fault(&self) -> Option<(u16, u8, u64, bool)> {
+        let (low, high) = self.fault_record()?;
+        assert_eq!(high >> 31 & 1, 0, "no PASID");
+        Some((high as u16, (high >> 32) as u8, low, high >> 62 & 1 == 1))
+    }
+
+    /// The unit's oldest fault, taken: PASID, reason.
+    pub(crate) fn fault_with_pasid(&self) -> Option<(Option<u64>, u8)> {
+        let (_, high) = self.fault_record()?;
+        Some(((high >> 31 & 1 == 1).then_some(high >> 40 & 0xf_ffff), (high >> 32) as u8))
+    }
+
+    fn fault_record(&self) -> Option<(u64, u64)> {
         let status = self.read32(r::FAULT_STATUS);
         if status & 2 == 0 {
             return None;
@@ -224,7 +302,7 @@ impl Rig {
         let (low, high) = (self.read64(at), self.read64(at + 8));
         assert_eq!(high >> 63, 1);
         self.write32(at + 12, 1 << 31);
-        Some((high as u16, (high >> 32) as u8, low, high >> 62 & 1 == 1))
+        Some((low, high))
     }
 }
 
@@ -234,6 +312,21 @@ pub(crate) fn domain(did: u64) -> (u64, u64) {
 
 pub(crate) fn pages(did: u64, iova: u64, order: u64) -> (u64, u64) {
     (2 | 3 << 4 | did << 16, iova | order)
+}
+
+/// The PASID cache, of one PASID of a domain id.
+pub(crate) fn pasid_entry(pasid: u64, did: u64) -> (u64, u64) {
+    (7 | 1 << 4 | did << 16 | pasid << 32, 0)
+}
+
+/// All translations of a PASID of a domain id.
+pub(crate) fn whole_pasid(pasid: u64, did: u64) -> (u64, u64) {
+    (6 | 2 << 4 | did << 16 | pasid << 32, 0)
+}
+
+/// Some translations of a PASID of a domain id.
+pub(crate) fn pasid_pages(pasid: u64, did: u64, iova: u64, order: u64) -> (u64, u64) {
+    (6 | 3 << 4 | did << 16 | pasid << 32, iova | order)
 }
 
 pub(crate) fn device_context(requester: u16) -> (u64, u64) {
