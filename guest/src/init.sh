@@ -26,6 +26,9 @@ load() {
     done
 }
 
+# Loads the driver of the IOMMU $unit, where that is a module.
+load_unit() { [ "$unit" = vtd ] || load virtio_iommu; }
+
 # Waits up to 10 s until a command succeeds.
 until_true() {
     local tries=200

@@ -14,6 +14,7 @@ use rustix::fs::FlockOperation;
 
 use crate::{
     Options, cases, initramfs,
+    iommu::Iommu,
     server::Server,
     setup::{self, Kernel, Parts},
     vm::{self, Config, Hardware, Vm},
@@ -34,18 +35,18 @@ pub(crate) struct Lab {
 }
 
 impl Lab {
-    /// Files, sockets and kernel of what is called `name`, in an empty folder.
+    /// Files, sockets and kernel of what is called `name`, in an empty folder; its servers have that IOMMU.
     ///
     /// # Errors
     ///
     /// If there is no such kernel, or the folders cannot be made.
-    pub(crate) fn run(&self, name: &str, index: usize) -> anyhow::Result<Run<'_>> {
+    pub(crate) fn run(&self, name: &str, index: usize, iommu: Iommu) -> anyhow::Result<Run<'_>> {
         let kernel = self.parts.kernels.get(index).context("no such kernel")?;
         let initramfs = self.initramfs.get(index).context("a kernel without its initramfs")?;
         let folder = self.folder.join("runs").join(name);
         emptied(&folder)?;
         let sockets = tempfile::Builder::new().prefix("viommu-guest-").tempdir()?;
-        Ok(Run { lab: self, kernel, initramfs, folder, sockets })
+        Ok(Run { lab: self, kernel, iommu, initramfs, folder, sockets })
     }
 
     /// The kernels, for a reader.
@@ -59,6 +60,7 @@ impl Lab {
 pub(crate) struct Run<'a> {
     pub(crate) lab: &'a Lab,
     pub(crate) kernel: &'a Kernel,
+    pub(crate) iommu: Iommu,
     initramfs: &'a Path,
     /// Where its files go.
     pub(crate) folder: PathBuf,
@@ -83,14 +85,20 @@ impl Run<'_> {
         self.initramfs
     }
 
-    /// Starts a server; its files' names begin with `name`. One that is started again has the same sockets.
+    /// A machine whose kernel uses the IOMMU, and runs `script`.
+    pub(crate) fn config(&self, script: &str) -> Config {
+        Config::new(script).append(&self.iommu.words())
+    }
+
+    /// Starts a server of the IOMMU; its files' names begin with `name`. One that is started again has the same sockets.
     ///
     /// # Errors
     ///
     /// If it ends instead of being ready.
     pub(crate) fn serve(&self, options: &[String], name: &str) -> anyhow::Result<Server> {
         let sockets = self.sockets.path().join("s");
-        Server::start(&self.lab.viommu, &sockets, options, vm::MEMORY, &self.folder, name)
+        let options = [&self.iommu.options(), options].concat();
+        Server::start(&self.lab.viommu, &sockets, &options, vm::MEMORY, &self.folder, name)
     }
 
     /// Starts a machine whose devices are a server's.
@@ -99,7 +107,9 @@ impl Run<'_> {
     ///
     /// If QEMU cannot be started.
     pub(crate) fn start_with(&self, server: &Server, config: Config, name: &str) -> anyhow::Result<Vm> {
-        self.start(&config.arguments(server.arguments()?), name)
+        let config = config.arguments(server.arguments()?);
+        let boot = if self.iommu.is_vtd() { server.boot() } else { Vec::new() };
+        self.start(&Config { boot, ..config }, name)
     }
 
     /// A new file of zeroes for a disk.
@@ -156,7 +166,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
 
     let runs: VecDeque<(&cases::Case, usize)> = cases::CASES
         .iter()
-        .filter(|case| options.case.is_empty() || options.case.iter().any(|name| name == case.name))
+        .filter(|case| match &options.case[..] {
+            [] => options.full || !case.full,
+            names => names.iter().any(|name| name == case.name),
+        })
         .flat_map(|case| (0..lab.parts.kernels.len()).map(move |kernel| (case, kernel)))
         .filter(|(_, kernel)| chosen(&&lab.parts.kernels[*kernel]))
         .collect();
@@ -185,18 +198,18 @@ fn one(lab: &Lab, case: &cases::Case, index: usize, keep: bool) -> bool {
     let kernel_name = &lab.parts.kernels[index].name;
     let name = format!("{}-{kernel_name}", case.name);
     let folder = lab.folder.join("runs").join(&name);
-    let result = lab.run(&name, index).and_then(|run| (case.run)(&run));
+    let result = lab.run(&name, index, case.iommu).and_then(|run| (case.run)(&run));
     let time = begun.elapsed().as_secs_f64();
     match result {
         Ok(note) => {
-            println!("{:<12}{kernel_name:<6}{time:5.1} s  passed  {note}", case.name);
+            println!("{:<16}{kernel_name:<6}{time:5.1} s  passed  {note}", case.name);
             if !keep {
                 let _ = fs::remove_dir_all(&folder);
             }
             true
         }
         Err(error) => {
-            println!("{:<12}{kernel_name:<6}{time:5.1} s  FAILED  {error:#}", case.name);
+            println!("{:<16}{kernel_name:<6}{time:5.1} s  FAILED  {error:#}", case.name);
             println!("    its files: {}", folder.display());
             false
         }

@@ -50,6 +50,9 @@ pub(crate) struct Replayed {
     /// Events of the whole trace.
     pub(crate) maps: u64,
     pub(crate) unmaps: u64,
+    /// 4 KiB pages of them.
+    pub(crate) mapped_pages: u64,
+    pub(crate) unmapped_pages: u64,
 }
 
 /// Replays a trace, as the guest hands it out.
@@ -73,7 +76,7 @@ pub(crate) fn replay(trace: &str) -> anyhow::Result<Replayed> {
         None => bail!("the guest's trace has no end"),
     }
     state.whole()?;
-    Ok(Replayed { at_mark: state.marks, at_end: listed(&state.live), maps: state.maps, unmaps: state.unmaps })
+    Ok(Replayed { at_mark: state.marks, at_end: listed(&state.live), ..state.counts })
 }
 
 /// How two lists differ, page by page, in lines for a reader; nothing, if they are the same.
@@ -115,8 +118,8 @@ struct State {
     /// Frees of each task whose unmap is yet to come: device and address.
     freed: HashMap<String, Vec<(String, u64)>>,
     marks: HashMap<String, Live>,
-    maps: u64,
-    unmaps: u64,
+    /// Without lists.
+    counts: Replayed,
 }
 
 impl State {
@@ -129,14 +132,16 @@ impl State {
         let task = task.trim();
         match event.trim() {
             "map" => {
-                self.maps += 1;
                 let (start, end) = range(words)?;
+                self.counts.maps += 1;
+                self.counts.mapped_pages += (end - start) / PAGE;
                 let gpa = Some(number(words, "paddr=")?);
                 self.unclaimed.entry(task.to_owned()).or_default().push(Event { start, end, gpa });
             }
             "unmap" => {
-                self.unmaps += 1;
                 let (start, end) = range(words)?;
+                self.counts.unmaps += 1;
+                self.counts.unmapped_pages += (end - start) / PAGE;
                 let freed = self.freed.get_mut(task);
                 let claim = freed.and_then(|freed| {
                     let at = freed.iter().position(|(_, address)| (start..end).contains(address))?;
@@ -176,23 +181,28 @@ impl State {
     fn claim(&mut self, task: &str, words: &str) -> anyhow::Result<()> {
         let (device, address) = (device(words)?, number(words, "dma_addr=")?);
         let access = access(words)?;
-        // A device that is not behind the IOMMU maps too.
-        let Some(events) = self.unclaimed.get_mut(task) else {
-            return Ok(());
-        };
-        let Some(at) = events.iter().rposition(|event| (event.start..event.end).contains(&address)) else {
-            return Ok(());
-        };
-        let event = events.remove(at);
-        match event.gpa {
-            Some(gpa) => {
-                let live = self.live.entry(device.to_owned()).or_default();
-                let old = live.insert(event.start, (event.end, gpa, access));
-                ensure!(old.is_none(), "mapped twice");
-                Ok(())
+        let (_, size) = words.split_once(" size=").context("no size")?;
+        let size: u64 = size.split_whitespace().next().unwrap_or("").parse().context("the size")?;
+        // Memory in several pieces is mapped piece by piece.
+        let mut at = address;
+        while at < address + size {
+            // A device that is not behind the IOMMU maps too.
+            let Some(events) = self.unclaimed.get_mut(task) else { return Ok(()) };
+            let Some(last) = events.iter().rposition(|event| (event.start..event.end).contains(&at)) else {
+                return Ok(());
+            };
+            let event = events.remove(last);
+            at = event.end;
+            match event.gpa {
+                Some(gpa) => {
+                    let live = self.live.entry(device.to_owned()).or_default();
+                    let old = live.insert(event.start, (event.end, gpa, access));
+                    ensure!(old.is_none(), "mapped twice");
+                }
+                None => self.unmap(device, event.start, event.end)?,
             }
-            None => self.unmap(device, event.start, event.end),
         }
+        Ok(())
     }
 
     fn unmap(&mut self, device: &str, start: u64, end: u64) -> anyhow::Result<()> {
@@ -280,12 +290,25 @@ mod tests {
     fn replay_gives_each_device_its_own() {
         let replayed = replay(&format!("{TRACE}lost 0\n")).expect("a good trace");
         assert_eq!((replayed.maps, replayed.unmaps), (2, 2));
+        assert_eq!((replayed.mapped_pages, replayed.unmapped_pages), (3, 3));
         let quiet = &replayed.at_mark["quiet"];
         let ring = Mapping { start: 0xffff_e000, end: 0xffff_ffff, gpa: 0x5ee_4000, access: BOTH };
         let buffer = Mapping { start: 0xffff_e000, end: 0xffff_efff, gpa: 0x80f_e000, access: READ };
         assert_eq!(quiet["00:02.0"], [ring]);
         assert_eq!(quiet["00:03.0"], [buffer]);
         assert!(replayed.at_end.values().all(Vec::is_empty), "{:?}", replayed.at_end);
+    }
+
+    #[test]
+    fn replay_takes_memory_in_pieces_for_one_mapping_of_the_device() {
+        let pieces = "\
+ insmod-9 [000] ..... 1.0: map: IOMMU: iova=0x00000000ffffe000 - 0x00000000fffff000 paddr=0x0000000007e9d000 size=4096
+ insmod-9 [000] ..... 1.1: map: IOMMU: iova=0x00000000fffff000 - 0x0000000100000000 paddr=0x0000000007e9c000 size=4096
+ insmod-9 [000] ..... 1.2: dma_alloc: 0000:00:02.0 dir=BIDIRECTIONAL dma_addr=ffffe000 size=6726 virt_addr=0 flags=0 attrs=
+lost 0
+";
+        let replayed = replay(pieces).expect("a good trace");
+        assert_eq!(replayed.at_end["00:02.0"].len(), 2);
     }
 
     #[test]

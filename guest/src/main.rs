@@ -6,6 +6,7 @@ mod cases;
 mod cpio;
 mod disk;
 mod initramfs;
+mod iommu;
 mod lab;
 mod live;
 mod modules;
@@ -41,7 +42,7 @@ struct Options {
     /// Lists the cases and runs none.
     #[arg(long)]
     list: bool,
-    /// Longer runs under load.
+    /// Longer runs under load, and cases that are left out otherwise.
     #[arg(long)]
     full: bool,
     /// Keeps the files of cases that pass.
@@ -59,7 +60,7 @@ fn main() -> ExitCode {
     let options = Options::parse();
     if options.list {
         for case in cases::CASES {
-            println!("{:<14}{}", case.name, case.about);
+            println!("{:<20}{}{}", case.name, case.about, if case.full { " (--full)" } else { "" });
         }
         return ExitCode::SUCCESS;
     }

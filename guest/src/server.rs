@@ -1,6 +1,7 @@
 //! A `viommu serve` of our own.
 
 use std::{
+    ffi::{OsStr, OsString},
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
@@ -77,6 +78,18 @@ impl Server {
             }
         }
         Ok(arguments)
+    }
+
+    /// The command that starts a machine when its firmware has told where a VT-d unit is; the machine's own comes behind.
+    pub(crate) fn boot(&self) -> Vec<OsString> {
+        let words: [&OsStr; 5] = [
+            self.viommu.as_ref(),
+            "boot".as_ref(),
+            "--socket-dir".as_ref(),
+            self.sockets.as_ref(),
+            "--".as_ref(),
+        ];
+        words.map(OsStr::to_owned).into()
     }
 
     /// The live state.

@@ -95,27 +95,50 @@ impl Status {
         })
     }
 
-    /// What is mapped for each endpoint that is in a domain.
+    /// What is mapped for each endpoint that is in a domain: by the record, or, where that does not follow the guest's
+    /// tables, by those.
     ///
     /// # Errors
     ///
     /// If the answer cannot be read.
     pub(crate) fn mappings(&self) -> anyhow::Result<Live> {
+        self.listed(|domain| {
+            let list = [&domain["mappings"], &domain["tables"]].into_iter().find(|list| list.is_array());
+            let count = domain["live"].as_u64();
+            let listed = list.and_then(Value::as_array).map(|list| list.len() as u64);
+            ensure!(count == listed, "{count:?} mappings, but {listed:?} listed");
+            list.with_context(|| format!("no mappings: {domain}"))
+        })
+    }
+
+    /// What the record has for each endpoint that is in a domain; nothing for one whose tables it does not follow.
+    ///
+    /// # Errors
+    ///
+    /// If the answer cannot be read.
+    pub(crate) fn recorded(&self) -> anyhow::Result<Live> {
+        self.listed(|domain| Ok(&domain["mappings"]))
+    }
+
+    /// What the guest's tables in its memory map for each endpoint that is in a domain; nothing, if it has no such.
+    ///
+    /// # Errors
+    ///
+    /// If the answer cannot be read.
+    pub(crate) fn tables(&self) -> anyhow::Result<Live> {
+        self.listed(|domain| Ok(&domain["tables"]))
+    }
+
+    fn listed<'a>(&'a self, list: impl Fn(&'a Value) -> anyhow::Result<&'a Value>) -> anyhow::Result<Live> {
         let domains = self.0["iommu"]["domains"].as_array().context("no domains")?;
         let endpoints = self.0["endpoints"].as_array().context("no endpoints")?;
         let mut live = Live::new();
         for domain in domains {
-            let mappings = domain["mappings"].as_array().with_context(|| format!("no mappings: {domain}"))?;
+            let Some(mappings) = list(domain)?.as_array() else { continue };
             let mappings: Vec<Mapping> = mappings
                 .iter()
                 .map(|value| mapping(value).with_context(|| format!("{value}")))
                 .collect::<Result<_, _>>()?;
-            let count = domain["live"].as_u64();
-            ensure!(
-                count == Some(mappings.len() as u64),
-                "{count:?} mappings, but {} listed",
-                mappings.len()
-            );
             let members = domain["endpoints"].as_array().with_context(|| format!("{domain}"))?;
             for member in members {
                 let endpoint = endpoints.iter().find(|endpoint| endpoint["id"] == *member);

@@ -1,11 +1,12 @@
 //! One virtual machine: QEMU, what its guest says, and a limit on its time.
 
 use std::{
+    ffi::OsString,
     fs::{self, File},
     io::Write,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    process::{Child, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -38,6 +39,8 @@ pub(crate) struct Config {
     pub(crate) append: String,
     /// Further arguments of QEMU: devices and what they need.
     pub(crate) arguments: Vec<String>,
+    /// A command that starts QEMU, which comes behind it; nothing: QEMU is started itself.
+    pub(crate) boot: Vec<OsString>,
     pub(crate) processors: u32,
     /// A reboot starts the guest anew; else it ends the machine.
     pub(crate) reboots: bool,
@@ -51,6 +54,7 @@ impl Config {
             script: Some(script.to_owned()),
             append: String::new(),
             arguments: Vec::new(),
+            boot: Vec::new(),
             processors: 1,
             reboots: false,
             limit: LIMIT,
@@ -146,6 +150,12 @@ impl Vm {
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", qmp.display()));
         command.args(&config.arguments);
 
+        if let [program, words @ ..] = &config.boot[..] {
+            let mut boot = Command::new(program);
+            boot.args(words).arg(command.get_program()).args(command.get_args());
+            boot.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+            command = boot;
+        }
         let log = File::create(at("qemu.log")).context("QEMU's log")?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let child = command.spawn().context("QEMU does not start")?;

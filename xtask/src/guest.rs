@@ -28,7 +28,7 @@ pub(crate) struct Options {
     /// List the cases and run none.
     #[arg(long)]
     list: bool,
-    /// Longer runs under load.
+    /// Longer runs under load, and cases that are left out otherwise.
     #[arg(long)]
     full: bool,
     /// Keep the files of cases that pass.

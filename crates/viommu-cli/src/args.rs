@@ -31,6 +31,11 @@ pub(crate) enum Command {
     Convert(Convert),
     /// Serves a virtio-iommu and devices behind it to a virtual machine monitor that speaks vfio-user
     Serve(crate::serve::args::Serve),
+    /// Starts a machine on what `viommu serve` serves, when its firmware has said where it puts a VT-d unit's registers
+    ///
+    /// QEMU runs twice: for a moment, without the ACPI table, until its firmware has come so far, and then for good. With
+    /// another IOMMU it runs for good at once. Its exit status is that of the machine; 2 if that does not start.
+    Boot(Boot),
     /// Shows the live state of what `viommu serve` serves
     ///
     /// Exit status: 0 shown, 2 nobody serves there.
@@ -77,6 +82,16 @@ pub(crate) struct Convert {
     /// The file to write; `-` is standard output
     #[arg(value_name = "OUT")]
     pub(crate) to: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Boot {
+    /// Where the sockets are
+    #[arg(long, value_name = "DIR")]
+    pub(crate) socket_dir: PathBuf,
+    /// The machine's program and all of its arguments, as `viommu serve` has printed them
+    #[arg(value_name = "QEMU", required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) machine: Vec<std::ffi::OsString>,
 }
 
 #[derive(Debug, Args)]

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod boot;
 mod convert;
 mod input;
 mod judge;
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
             serve::run(&args).map(|()| Verdict::Agrees).map_err(Into::into)
         }
         Command::Convert(args) => convert::run(&args).map(|()| Verdict::Agrees).map_err(Into::into),
+        Command::Boot(args) => boot::run(&args).map(|never| match never {}),
         Command::Status(args) => status::run(&args).map(|()| Verdict::Agrees),
         Command::Plug(args) => status::plug(&args).map(|()| Verdict::Agrees),
         Command::Unplug(args) => status::unplug(&args).map(|()| Verdict::Agrees),

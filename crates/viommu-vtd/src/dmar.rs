@@ -26,8 +26,30 @@ pub struct Dmar {
 pub enum Scope {
     /// All of the segment.
     All,
-    /// These endpoints, each a bus, and device and function on it.
-    Endpoints(Vec<(u8, u8, u8)>),
+    /// These.
+    Named(Vec<Named>),
+}
+
+/// A function that is behind a unit, and perhaps what is behind the function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Named {
+    /// What it is.
+    pub kind: Kind,
+    /// Its bus, which must be one without a bridge before it: a driver finds others by the bridge.
+    pub bus: u8,
+    /// Its device, up to 31.
+    pub device: u8,
+    /// Its function, up to 7.
+    pub function: u8,
+}
+
+/// What a function is to the unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Itself alone.
+    Endpoint,
+    /// A bridge (a root port, say), with all that is, or comes, behind it.
+    Bridge,
 }
 
 /// A table that cannot be written.
@@ -85,7 +107,7 @@ struct Unit {
 #[derive(IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct Device {
-    /// 1: an endpoint.
+    /// 1: an endpoint, 2: a bridge and what is behind it.
     kind: u8,
     length: u8,
     reserved: U16,
@@ -114,12 +136,10 @@ impl Dmar {
         }
         let devices: &[_] = match &self.scope {
             Scope::All => &[],
-            Scope::Endpoints(devices) => devices,
+            Scope::Named(devices) => devices,
         };
-        if let Some((_, device, function)) =
-            devices.iter().find(|(_, device, function)| *device > 31 || *function > 7)
-        {
-            return Err(DmarError::Device(*device, *function));
+        if let Some(none) = devices.iter().find(|named| named.device > 31 || named.function > 7) {
+            return Err(DmarError::Device(none.device, none.function));
         }
         let too_many = || DmarError::TooMany(devices.len());
         let length = devices.len().checked_mul(DEVICE).and_then(|bytes| bytes.checked_add(UNIT));
@@ -133,15 +153,18 @@ impl Dmar {
             base: self.base.into(),
         };
         let mut body = unit.as_bytes().to_vec();
-        for (bus, device, function) in devices {
+        for named in devices {
             let device = Device {
-                kind: 1,
+                kind: match named.kind {
+                    Kind::Endpoint => 1,
+                    Kind::Bridge => 2,
+                },
                 length: 8,
                 reserved: 0.into(),
                 enumeration: 0,
-                bus: *bus,
-                device: *device,
-                function: *function,
+                bus: named.bus,
+                device: named.device,
+                function: named.function,
             };
             body.extend_from_slice(device.as_bytes());
         }
@@ -183,6 +206,10 @@ mod tests {
         }
     }
 
+    fn named(bus: u8, device: u8, function: u8) -> Named {
+        Named { kind: Kind::Endpoint, bus, device, function }
+    }
+
     #[test]
     fn to_bytes_when_all_devices_are_behind_it_is_byte_for_byte() {
         let expected = [
@@ -196,10 +223,11 @@ mod tests {
 
     #[test]
     fn to_bytes_when_devices_are_named_has_an_entry_for_each() {
-        let bytes = dmar(Scope::Endpoints(vec![(0, 2, 0), (1, 0, 7)])).to_bytes().unwrap();
+        let port = Named { kind: Kind::Bridge, ..named(0, 30, 7) };
+        let bytes = dmar(Scope::Named(vec![named(0, 2, 0), port])).to_bytes().unwrap();
         assert_eq!(bytes.len(), 80);
         assert_eq!(bytes[48..56], [0, 0, 32, 0, 0, 0, 0, 0]);
-        assert_eq!(bytes[64..], [1, 8, 0, 0, 0, 0, 2, 0, 1, 8, 0, 0, 0, 1, 0, 7]);
+        assert_eq!(bytes[64..], [1, 8, 0, 0, 0, 0, 2, 0, 2, 8, 0, 0, 0, 0, 30, 7]);
         assert_eq!(bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte)), 0);
     }
 
@@ -212,9 +240,9 @@ mod tests {
         };
         assert_eq!(refused(|dmar| dmar.host_bits = 0), DmarError::HostBits(0));
         assert_eq!(refused(|dmar| dmar.base = 0x800), DmarError::Base(0x800));
-        let far = |dmar: &mut Dmar| dmar.scope = Scope::Endpoints(vec![(0, 32, 0)]);
+        let far = |dmar: &mut Dmar| dmar.scope = Scope::Named(vec![named(0, 32, 0)]);
         assert_eq!(refused(far), DmarError::Device(32, 0));
-        let many = |dmar: &mut Dmar| dmar.scope = Scope::Endpoints(vec![(0, 0, 0); 9000]);
+        let many = |dmar: &mut Dmar| dmar.scope = Scope::Named(vec![named(0, 0, 0); 9000]);
         assert_eq!(refused(many), DmarError::TooMany(9000));
     }
 }

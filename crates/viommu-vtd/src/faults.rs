@@ -1,7 +1,8 @@
 //! Faults: from the accesses that are blocked to the fault registers and their interrupt.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Instant;
 
 use viommu::reader::FaultSink;
 use viommu::{Access, EndpointId, FaultReason};
@@ -17,6 +18,20 @@ use crate::sync::{Mutex, lock};
 
 /// Fault records.
 pub(crate) const RECORDS: usize = 8;
+
+/// Faults that are remembered for a reader.
+const RECENT: usize = 16;
+
+/// A fault, recorded or not, for a reader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecentFault {
+    /// When it happened.
+    pub at: Instant,
+    /// What was blocked.
+    pub fault: viommu::Fault,
+    /// The reason's number in the specification; `None` for one that has none there.
+    pub reason: Option<u8>,
+}
 
 /// An interrupt to send: a write of `data` to `address`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -186,6 +201,8 @@ pub(crate) struct Faults {
     /// What the unit knows of each endpoint. Without caching mode, what its walker knows.
     contexts: RwLock<BTreeMap<EndpointId, Known>>,
     sender: RwLock<Option<Sender>>,
+    /// The last ones, oldest first.
+    recent: Mutex<VecDeque<RecentFault>>,
 }
 
 /// What is known of an endpoint: the context itself, or who looks it up.
@@ -204,7 +221,24 @@ impl Faults {
             registers: Mutex::default(),
             contexts: RwLock::default(),
             sender: RwLock::default(),
+            recent: Mutex::default(),
         }
+    }
+
+    pub(crate) fn recent(&self) -> Vec<RecentFault> {
+        lock(&self.recent).iter().copied().collect()
+    }
+
+    fn remember(&self, fault: &viommu::Fault, reason: Option<Reason>) {
+        let mut recent = lock(&self.recent);
+        if recent.len() >= RECENT {
+            recent.pop_front();
+        }
+        recent.push_back(RecentFault {
+            at: Instant::now(),
+            fault: *fault,
+            reason: reason.map(|Reason(r)| r),
+        });
     }
 
     pub(crate) fn with<R>(&self, f: impl FnOnce(&mut Registers) -> R) -> R {
@@ -264,12 +298,13 @@ impl FaultSink for Faults {
             Known::Context(context) => (id, context),
             Known::Walker(walker) => (id, walker.context().0),
         });
-        let reason = context.and_then(|(id, context)| {
+        let reason = context.as_ref().and_then(|(id, context)| {
             let source = u16::try_from(id.requester).ok()?;
-            let reason = self.reason(fault, &context).filter(|_| !context.is_quiet())?;
-            Some((source, id.pasid, reason))
+            Some((source, id.pasid, self.reason(fault, context)?))
         });
-        let Some((source, pasid, reason)) = reason else {
+        self.remember(fault, reason.map(|(_, _, reason)| reason));
+        let is_quiet = context.is_some_and(|(_, context)| context.is_quiet());
+        let Some((source, pasid, reason)) = reason.filter(|_| !is_quiet) else {
             bump(&self.counters.faults_quiet);
             return;
         };

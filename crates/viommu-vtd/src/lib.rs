@@ -41,6 +41,6 @@ pub mod spec;
 mod sync;
 mod unit;
 
-pub use faults::Msi;
+pub use faults::{Msi, RecentFault};
 pub use metrics::Metrics;
-pub use unit::{Config, ConfigError, Progress, Reset, Stage, Vtd, Width};
+pub use unit::{Config, ConfigError, Progress, Reset, Stage, TableView, Vtd, Width};

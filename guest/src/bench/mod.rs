@@ -10,7 +10,9 @@ use anyhow::{Context as _, bail, ensure};
 
 use self::stats::Median;
 use crate::{
-    Options, lab,
+    Options,
+    iommu::Iommu,
+    lab,
     lab::Run,
     server::Server,
     vm::{Config, Vm, expect},
@@ -155,7 +157,7 @@ pub(crate) fn run(options: &Options, runs: u32) -> anyhow::Result<()> {
         _ => bail!("one kernel at a time"),
     };
     let index = index.with_context(|| format!("no such kernel; there are {}", lab.releases()))?;
-    let run = lab.run("bench", index)?;
+    let run = lab.run("bench", index, Iommu::VIRTIO)?;
     let before = load();
     let mut boots = [const { Vec::new() }; SETUPS.len()];
     for round in 1..=runs {

@@ -5,10 +5,7 @@ use anyhow::{Context as _, ensure};
 use serde_json::Value;
 
 use super::endpoint;
-use crate::{
-    lab::Run,
-    vm::{Config, expect},
-};
+use crate::{lab::Run, vm::expect};
 
 const PLACE: &str = "01:00.0";
 
@@ -21,7 +18,7 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
 
 fn once(run: &Run<'_>, boot: &str) -> anyhow::Result<()> {
     let server = run.serve(&endpoint("01:00.0-01:00.7", "hotplug"), boot)?;
-    let config = Config::new("hotplug").append(&format!("iommu.strict=1 rng={PLACE}"));
+    let config = run.config("hotplug").append(&format!("rng={PLACE}"));
     let mut vm = run.start_with(&server, config, boot)?;
     vm.wait("EMPTY")?;
     ensure!(server.status()?.endpoint(PLACE).is_err(), "expected no endpoint yet");
@@ -35,18 +32,18 @@ fn once(run: &Run<'_>, boot: &str) -> anyhow::Result<()> {
     vm.wait("USED")?;
     let used = server.status()?;
     ensure!(used.domain(PLACE)?.is_some(), "expected a domain, seen {}", used.endpoint(PLACE)?["view"]);
-    ensure!(used.answers("MAP").0 > 0, "expected MAPs, seen none");
+    let mapped = used.mappings()?.get(PLACE).map_or(0, Vec::len);
+    ensure!(mapped > 0, "expected that its ring is mapped, seen nothing");
     expect("faults", used.faults()?, 0)?;
     vm.tell("remove")?;
 
     vm.wait("REMOVED")?;
     let removed = server.status()?;
     expect("mappings after the guest has removed the device", removed.live()?, 0)?;
-    ensure!(
-        removed.domain(PLACE)?.is_none(),
-        "expected no domain, seen {}",
-        removed.endpoint(PLACE)?["view"]
-    );
+    if run.iommu.records() {
+        let view = &removed.endpoint(PLACE)?["view"];
+        ensure!(removed.domain(PLACE)?.is_none(), "expected no domain, seen {view}");
+    }
     vm.tell("rescan")?;
 
     vm.wait("USED")?;

@@ -1,5 +1,5 @@
 # Waits for a source of random numbers at $rng, uses it, removes it, finds it again.
-load virtio_iommu
+load_unit
 load virtio_rng
 [ -e $(pci $rng) ] && fail "$rng is there already"
 say EMPTY

@@ -1,6 +1,6 @@
 # A disk at $blk and a source of random numbers at $rng behind the IOMMU: a file system is made, written, read back.
 trace_on
-load virtio_iommu
+load_unit
 load virtio_blk
 load virtio_rng
 load ext4

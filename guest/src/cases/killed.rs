@@ -10,7 +10,7 @@ use super::blk;
 use crate::{
     disk::{self, Part},
     lab::Run,
-    vm::{Config, expect},
+    vm::expect,
 };
 
 const BLK: &str = "00:02.0";
@@ -24,9 +24,8 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     let image = run.disk("disk.img", 16)?;
     let server = run.serve(&blk(BLK, &image), "first")?;
     let config = |writes: u64| {
-        Config::new("load").append(&format!(
-            "iommu.strict=1 disks={BLK} threads={THREADS} blocks={BLOCKS} writes={writes} seconds=0"
-        ))
+        run.config("load")
+            .append(&format!("disks={BLK} threads={THREADS} blocks={BLOCKS} writes={writes} seconds=0"))
     };
     let mut vm = run.start_with(&server, config(0), "first")?;
     for _ in 0..3 * THREADS {

@@ -11,10 +11,12 @@ use viommu_guest_inside::pattern::Pattern;
 use super::{blk, endpoint};
 use crate::{
     disk::{self, Part},
+    iommu::Iommu,
     lab::Run,
+    live,
     server::Server,
     status::Status,
-    vm::{Config, MEMORY, expect},
+    vm::{MEMORY, expect},
 };
 
 /// The first two are functions of one PCI device, without access control between them.
@@ -36,9 +38,13 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     for (address, image) in DISKS.iter().zip(&images) {
         options.extend(blk(address, image));
     }
+    if run.iommu.is_vtd() && run.iommu.records() {
+        // So that the record follows the guest's tables.
+        options.extend(["--record".to_owned(), run.folder.join("record.viommu").display().to_string()]);
+    }
     let mut server = run.serve(&options, "server")?;
-    let mut config = Config::new("load").append(&format!(
-        "iommu.strict=1 disks={} rng={RNG} threads={THREADS} blocks={BLOCKS} writes=0 seconds={seconds}",
+    let mut config = run.config("load").append(&format!(
+        "disks={} rng={RNG} threads={THREADS} blocks={BLOCKS} writes=0 seconds={seconds}",
         DISKS.join(",")
     ));
     config.processors = 2;
@@ -51,7 +57,7 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     let until = Instant::now() + Duration::from_secs(seconds);
     while Instant::now() < until {
         let status = server.status()?;
-        audit(&status).with_context(|| format!("audit {audits}"))?;
+        audit(&status, run.iommu).with_context(|| format!("audit {audits}"))?;
         audits += 1;
         most = most.max(status.live()?);
         server.ensure_alive()?;
@@ -59,7 +65,19 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     }
     vm.wait("LOADED")?;
     let status = settled(&server)?;
-    audit(&status)?;
+    audit(&status, run.iommu)?;
+    if run.iommu.is_vtd() && run.iommu.records() {
+        let (recorded, tables) = (status.recorded()?, status.tables()?);
+        for (address, tables) in &tables {
+            let differences = live::differences(tables, recorded.get(address).map_or(&[], Vec::as_slice));
+            ensure!(
+                differences.is_empty(),
+                "{address}: expected what is in the guest's tables, seen\n{}",
+                differences.join("\n")
+            );
+        }
+        expect("domains with tables", tables.len(), DISKS.len() + 1)?;
+    }
     vm.tell("go")?;
     vm.wait("DONE")?;
     vm.wait_end()?;
@@ -93,11 +111,13 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     }
     expect("parts of disks that were looked at", parts, DISKS.len() as u64 * THREADS)?;
     server.stop()?;
-    Ok(format!("{writes} writes, {} maps, {audits} audits, {most} mapped at most", status.answers("MAP").0))
+    let told = if run.iommu.is_vtd() { "pages" } else { "MAP" };
+    let count = status.answers(told).0;
+    Ok(format!("{writes} writes, told {count} times of {told}, {audits} audits, {most} mapped at most"))
 }
 
 /// What must be true at any time.
-fn audit(status: &Status) -> anyhow::Result<()> {
+fn audit(status: &Status, iommu: Iommu) -> anyhow::Result<()> {
     expect("faults", status.faults()?, 0)?;
     expect("requests that could not be read", status.malformed_and_outstanding()?.0, 0)?;
     expect("refused MAPs", status.answers("MAP").1, 0)?;
@@ -105,8 +125,13 @@ fn audit(status: &Status) -> anyhow::Result<()> {
     let domains = DISKS.iter().map(|address| status.domain(address)).collect::<anyhow::Result<Vec<_>>>()?;
     let [first, second, third] = domains[..] else { anyhow::bail!("{domains:?}") };
     ensure!(
-        first.is_some() && first == second && first != third,
-        "expected one domain for the first two: {domains:?}"
+        first.is_some() && second.is_some() && third.is_some() && first != third,
+        "expected domains, and another one for the last: {domains:?}"
+    );
+    ensure!(
+        (first == second) == iommu.shares(),
+        "expected {} domain for the first two: {domains:?}",
+        if iommu.shares() { "one" } else { "another" }
     );
     for (address, mappings) in status.mappings()? {
         for mapping in &mappings {

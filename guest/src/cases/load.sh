@@ -1,5 +1,5 @@
 # Load on the disks at $disks, with $threads threads each that write $writes times, or for $seconds.
-load virtio_iommu
+load_unit
 load virtio_blk
 disks=$(echo $disks | tr , ' ')
 for at in $disks; do

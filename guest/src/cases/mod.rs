@@ -12,53 +12,73 @@ mod probe;
 mod reboot;
 mod refusals;
 
-use crate::lab::Run;
+use crate::{iommu::Iommu, lab::Run};
 
 /// A case.
 pub(crate) struct Case {
     pub(crate) name: &'static str,
     /// What it shows, in half a line.
     pub(crate) about: &'static str,
+    pub(crate) iommu: Iommu,
+    /// Only with `--full`.
+    pub(crate) full: bool,
     /// Runs it; a note for the reader.
     pub(crate) run: fn(&Run<'_>) -> anyhow::Result<String>,
 }
 
+const fn case(
+    name: &'static str,
+    iommu: Iommu,
+    run: fn(&Run<'_>) -> anyhow::Result<String>,
+    about: &'static str,
+) -> Case {
+    Case { name, about, iommu, full: false, run }
+}
+
+/// One that shows what others show, too.
+const fn full(case: Case) -> Case {
+    Case { full: true, ..case }
+}
+
+const LOAD: &str = "three disks and random numbers in three groups, two processors, under load";
+const IO: &str = "a file system, and our record beside the guest's own";
+const PROBE: &str = "a device driven through VFIO: DMA after unmap is blocked";
+const HOTPLUG: &str = "a device comes, is removed, and is found again";
+const REBOOT: &str = "a reboot and a kexec: no mapping survives";
+
 /// All cases, those that take long first.
+#[rustfmt::skip]
 pub(crate) const CASES: &[Case] = &[
-    Case {
-        name: "load",
-        about: "three disks and random numbers in three groups, two processors, under load",
-        run: load::run,
-    },
-    Case {
-        name: "own",
-        about: "these tests themselves: the same guest with QEMU's own virtio-iommu",
-        run: own::run,
-    },
-    Case {
-        name: "type1-intel",
-        about: "our type1 mirror on the guest's own VFIO, under QEMU's VT-d",
-        run: consumers::type1::intel,
-    },
-    Case { name: "type1-virtio", about: "the same under QEMU's virtio-iommu", run: consumers::type1::virtio },
-    Case { name: "type1-amd", about: "the same under QEMU's AMD-Vi", run: consumers::type1::amd },
-    Case { name: "strict", about: "a file system, and our record beside the guest's own", run: io::strict },
-    Case { name: "lazy", about: "the same with unmaps that come late, in flocks", run: io::lazy },
-    Case {
-        name: "probe",
-        about: "a device driven through VFIO: DMA after unmap is blocked",
-        run: probe::run,
-    },
-    Case {
-        name: "passthrough",
-        about: "identity domains, and a group that changes from one to the other and back",
-        run: passthrough::run,
-    },
-    Case { name: "firmware", about: "the firmware boots from a disk, before any driver", run: firmware::run },
-    Case { name: "hotplug", about: "a device comes, is removed, and is found again", run: hotplug::run },
-    Case { name: "reboot", about: "a reboot and a kexec: no mapping survives", run: reboot::run },
-    Case { name: "refusals", about: "more mappings are asked for than there may be", run: refusals::run },
-    Case { name: "killed", about: "the server is killed amid writes, and serves again", run: killed::run },
+    case("load", Iommu::VIRTIO, load::run, LOAD),
+    case("vtd-load", Iommu::VTD, load::run, LOAD),
+    full(case("vtd-lazy-load", Iommu::VTD_LAZY, load::run, LOAD)),
+    case("own", Iommu::VIRTIO, own::run, "these tests themselves: the same guest with QEMU's own virtio-iommu"),
+    case("type1-intel", Iommu::VIRTIO, consumers::type1::intel, "our type1 mirror on the guest's own VFIO, under QEMU's VT-d"),
+    case("type1-virtio", Iommu::VIRTIO, consumers::type1::virtio, "the same under QEMU's virtio-iommu"),
+    case("type1-amd", Iommu::VIRTIO, consumers::type1::amd, "the same under QEMU's AMD-Vi"),
+    case("strict", Iommu::VIRTIO, io::run, IO),
+    case("lazy", Iommu::VIRTIO_LAZY, io::run, IO),
+    case("vtd-io", Iommu::VTD, io::run, IO),
+    case("vtd-lazy-io", Iommu::VTD_LAZY, io::run, IO),
+    case("vtd-second-io", Iommu::VTD_SECOND, io::run, IO),
+    case("vtd-first-io", Iommu::VTD_FIRST, io::run, IO),
+    case("probe", Iommu::VIRTIO, probe::run, PROBE),
+    case("vtd-probe", Iommu::VTD, probe::run, PROBE),
+    full(case("vtd-lazy-probe", Iommu::VTD_LAZY, probe::run, PROBE)),
+    full(case("vtd-second-probe", Iommu::VTD_SECOND, probe::run, PROBE)),
+    case("vtd-first-probe", Iommu::VTD_FIRST, probe::run, PROBE),
+    case("passthrough", Iommu::VIRTIO, passthrough::run, "identity domains, and a group that changes from one to the other and back"),
+    case("firmware", Iommu::VIRTIO, firmware::run, "the firmware boots from a disk, before any driver"),
+    case("hotplug", Iommu::VIRTIO, hotplug::run, HOTPLUG),
+    full(case("vtd-hotplug", Iommu::VTD, hotplug::run, HOTPLUG)),
+    full(case("vtd-lazy-hotplug", Iommu::VTD_LAZY, hotplug::run, HOTPLUG)),
+    case("vtd-second-hotplug", Iommu::VTD_SECOND, hotplug::run, HOTPLUG),
+    full(case("vtd-first-hotplug", Iommu::VTD_FIRST, hotplug::run, HOTPLUG)),
+    case("reboot", Iommu::VIRTIO, reboot::run, REBOOT),
+    case("vtd-reboot", Iommu::VTD, reboot::run, REBOOT),
+    full(case("vtd-lazy-reboot", Iommu::VTD_LAZY, reboot::run, REBOOT)),
+    case("refusals", Iommu::VIRTIO, refusals::run, "more mappings are asked for than there may be"),
+    case("killed", Iommu::VIRTIO, killed::run, "the server is killed amid writes, and serves again"),
 ];
 
 /// What the guests run, by name.

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Where its devices are.
-const PLACES: &str = "iommu.strict=1 blk=00:02.0 rng=00:03.0";
+const PLACES: &str = "unit=virtio iommu.strict=1 blk=00:02.0 rng=00:03.0";
 
 fn devices(disk: &Path) -> [String; 8] {
     [

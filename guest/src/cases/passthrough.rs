@@ -3,12 +3,7 @@
 use anyhow::{Context as _, ensure};
 
 use super::{blk, endpoint};
-use crate::{
-    disk,
-    lab::Run,
-    live,
-    vm::{Config, expect},
-};
+use crate::{disk, lab::Run, live, vm::expect};
 
 const BLK: &str = "00:02.0";
 const RNG: &str = "00:03.0";
@@ -22,7 +17,7 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
 fn all(run: &Run<'_>) -> anyhow::Result<()> {
     let image = run.disk("all.img", 16)?;
     let server = run.serve(&[blk(BLK, &image), endpoint(RNG, "rng")].concat(), "all")?;
-    let config = Config::new("io").append(&format!("iommu.passthrough=1 blk={BLK} rng={RNG}"));
+    let config = run.config("io").append(&format!("iommu.passthrough=1 blk={BLK} rng={RNG}"));
     let mut vm = run.start_with(&server, config, "all")?;
     vm.wait("QUIET")?;
     let quiet = server.status()?;
@@ -46,7 +41,7 @@ fn all(run: &Run<'_>) -> anyhow::Result<()> {
 fn switched(run: &Run<'_>) -> anyhow::Result<String> {
     let image = run.disk("switched.img", 16)?;
     let server = run.serve(&blk(BLK, &image), "switched")?;
-    let config = Config::new("switch").append(&format!("iommu.strict=1 blk={BLK}"));
+    let config = run.config("switch").append(&format!("blk={BLK}"));
     let mut vm = run.start_with(&server, config, "switched")?;
     let mut maps = 0;
     for kind in ["DMA", "identity", "DMA"] {

@@ -1,6 +1,6 @@
 # The source of random numbers at $rng in two guises: the kernel's driver, then user space through vfio-pci, then the
 # kernel's driver again.
-load virtio_iommu
+load_unit
 load virtio_rng
 until_true [ "$(cat /sys/class/misc/hw_random/rng_current)" != none ] || fail "no rng at $rng"
 random() { dd if=/dev/hwrng bs=64 count=16 2> /dev/null | wc -c; }
@@ -9,12 +9,14 @@ say KERNEL
 
 load vfio_iommu_type1
 load vfio_pci
-# A guest's virtio-iommu has nothing to say on interrupts, and VFIO wants to hear that this is known.
+# An IOMMU that is served has nothing to say on interrupts, and VFIO wants to hear that this is known.
 echo 1 > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts
 echo vfio-pci > $(pci $rng)/driver_override
 echo 0000:$rng > $(pci $rng)/driver/unbind
 echo 0000:$rng > /sys/bus/pci/drivers_probe
 inside probe 0000:$rng $(group_of $rng) || fail "probe"
+# The interrupts of a VT-d unit, of all processors.
+[ "$unit" != vtd ] || say DMAR $(sed -n '/DMAR-MSI/s/^[^:]*: *\([0-9]*\) .*/\1/p' /proc/interrupts)
 say PROBED
 listen
 

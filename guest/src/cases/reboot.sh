@@ -2,7 +2,7 @@
 say EARLY
 listen
 trace_on
-load virtio_iommu
+load_unit
 load virtio_blk
 until_true [ -n "$(disk_of $blk)" ] || fail "no disk at $blk"
 disk=/dev/$(disk_of $blk)

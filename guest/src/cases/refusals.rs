@@ -9,7 +9,6 @@ use super::blk;
 use crate::{
     disk::{self, Part},
     lab::Run,
-    vm::Config,
 };
 
 const BLK: &str = "00:02.0";
@@ -22,9 +21,9 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     let image = run.disk("disk.img", 16)?;
     let limit = ["--max-mappings".to_owned(), MOST.to_string()];
     let server = run.serve(&[blk(BLK, &image), limit].concat(), "server")?;
-    let config = Config::new("load").append(&format!(
-        "iommu.strict=1 disks={BLK} threads={THREADS} blocks={BLOCKS} writes=0 seconds=6 patience=4"
-    ));
+    let config = run
+        .config("load")
+        .append(&format!("disks={BLK} threads={THREADS} blocks={BLOCKS} writes=0 seconds=6 patience=4"));
     let mut vm = run.start_with(&server, config, "vm")?;
     vm.wait("LOADED")?;
     let status = server.status()?;

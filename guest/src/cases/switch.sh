@@ -1,5 +1,5 @@
 # The group of the disk at $blk is translated, then not, then translated again; the disk is written and read in each.
-load virtio_iommu
+load_unit
 load virtio_blk
 kind=/sys/kernel/iommu_groups/$(group_of $blk)/type
 number=0

@@ -10,8 +10,8 @@ pub(crate) struct Serve {
     /// Where the sockets, the ACPI table viot.bin and the control socket are made; comes into being if it is not there
     #[arg(long, value_name = "DIR")]
     pub(crate) socket_dir: PathBuf,
-    /// The PCI function that is the IOMMU: a virtio-iommu. vtd@BDF[,caching-mode=on|off][,base=ADDRESS] is an Intel VT-d
-    /// unit; its table dmar.bin names the address that firmware gives its BAR, or base
+    /// The PCI function that is the IOMMU: a virtio-iommu. vtd@BDF[,caching-mode=on|off]
+    /// [,scalable=second-stage|first-stage][,base=ADDRESS] is an Intel VT-d unit; its table dmar.bin names the address that firmware gives its BAR (`viommu boot` sees to that), or base
     #[arg(long, value_name = "[vtd@]BDF", default_value = "00:01.0")]
     pub(crate) iommu: String,
     /// A device behind the IOMMU: BDF=blk:FILE[,ro][,queues=N] is a disk (FILE is a raw image), BDF=rng a source of

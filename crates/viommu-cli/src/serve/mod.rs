@@ -23,7 +23,7 @@ use signal_hook::iterator::Signals;
 use self::args::Serve;
 use self::control::Control;
 use self::machine::Machine;
-use self::options::{IommuPlan, Model, ServePlan, VtdPlan};
+use self::options::ServePlan;
 
 /// Serves until it is told to stop by SIGINT or SIGTERM.
 ///
@@ -65,14 +65,6 @@ fn tell(plan: &ServePlan) -> io::Result<()> {
     }
     for range in &plan.hotplug {
         writeln!(out, "{}-{}  hot-plug (viommu plug)", range.start(), range.end())?;
-    }
-    if let Some(IommuPlan { model: Model::Vtd(VtdPlan { base: None, .. }), .. }) = &plan.iommu {
-        let table = plan.table_file();
-        writeln!(
-            out,
-            "{} comes when firmware has run once: start the machine, and then again",
-            table.display()
-        )?;
     }
     if let Some(remark) = qemu::not_pluggable(plan) {
         writeln!(out, "{remark}")?;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use viommu::endpoint::{Region, RegionKind};
 use viommu::{Iova, IovaRange};
 use viommu_virtio::viot::Bdf;
+use viommu_vtd::Stage;
 
 use super::args::{Serve, Switch};
 use super::device::Kind;
@@ -99,8 +100,22 @@ pub(crate) enum Model {
 pub(crate) struct VtdPlan {
     /// Whether the driver announces new entries.
     pub(crate) caching_mode: bool,
+    /// Scalable mode, with tables of that stage; `None`: legacy mode.
+    pub(crate) scalable: Option<Stage>,
     /// Where firmware puts the registers, if that is known.
     pub(crate) base: Option<u64>,
+}
+
+impl VtdPlan {
+    /// What the unit offers.
+    pub(crate) fn config(&self) -> viommu_vtd::Config {
+        viommu_vtd::Config {
+            caching_mode: self.caching_mode,
+            scalable: self.scalable,
+            host_bits: super::viot::HOST_BITS.into(),
+            ..viommu_vtd::Config::default()
+        }
+    }
 }
 
 impl core::fmt::Display for Model {
@@ -119,18 +134,21 @@ impl Model {
         let Some(rest) = text.strip_prefix("vtd@") else { return Ok((Self::Virtio, address(text)?)) };
         let mut parts = rest.split(',');
         let at = address(parts.next().unwrap_or_default())?;
-        let mut plan = VtdPlan { caching_mode: true, base: None };
+        let mut plan = VtdPlan { caching_mode: true, scalable: None, base: None };
         for part in parts {
             match part.split_once('=') {
                 Some(("caching-mode", "on")) => plan.caching_mode = true,
                 Some(("caching-mode", "off")) => plan.caching_mode = false,
+                Some(("scalable", "second-stage")) => plan.scalable = Some(Stage::Second),
+                Some(("scalable", "first-stage")) => plan.scalable = Some(Stage::First),
                 Some(("base", base)) => {
                     let base = self::address(base).filter(|base| *base != 0 && base.is_multiple_of(PAGE));
                     plan.base = Some(base.ok_or("base=ADDRESS must be a multiple of 4096")?);
                 }
                 _ => {
                     return Err(format!(
-                        "{part:?} is no option of vtd: caching-mode=on|off and base=ADDRESS are"
+                        "{part:?} is no option of vtd: caching-mode=on|off, scalable=second-stage|first-stage and \
+                         base=ADDRESS are"
                     ));
                 }
             }
@@ -164,9 +182,12 @@ impl ServePlan {
     pub(crate) fn new(args: &Serve) -> Result<Self, OptionError> {
         let iommu = if args.no_iommu { None } else { Some(iommu_plan(args)?) };
         let (devices, hotplug) = endpoints(&args.endpoints, iommu.as_ref().map(|iommu| iommu.address))?;
-        if iommu.as_ref().is_some_and(|iommu| iommu.model != Model::Virtio) && !hotplug.is_empty() {
-            let why = "a DMAR table names single functions: hot-plug takes a virtio-iommu";
-            return Err(refused("--endpoint", "hotplug", why));
+        let named = hotplug.iter().find(|range| range.start().bus() == 0);
+        if let (Some(IommuPlan { model: Model::Vtd(_), .. }), Some(range)) = (&iommu, named) {
+            let (first, last) = (range.start(), range.end());
+            let why =
+                "a VT-d unit's table names root ports, with all that comes behind them: use bus 01 and up";
+            return Err(refused("--endpoint", format!("{first}-{last}=hotplug"), why));
         }
         if iommu.is_none() && devices.is_empty() && hotplug.is_empty() {
             return Err(refused("--no-iommu", "", "there is no --endpoint, so there is nothing to serve"));
@@ -257,10 +278,16 @@ fn iommu_plan(args: &Serve) -> Result<IommuPlan, OptionError> {
             ("--page-sizes", args.page_sizes.is_some()),
             ("--aperture", args.aperture.is_some()),
             ("--reserved", !args.reserved.is_empty()),
-            ("--record", args.record.is_some()),
         ];
         if let Some((option, _)) = of_virtio.into_iter().find(|(_, given)| *given) {
             return Err(refused(option, "", "it is an option of the virtio-iommu"));
+        }
+        if let (Model::Vtd(vtd), Some(record)) = (&model, &args.record)
+            && !vtd.config().announces()
+        {
+            let place = if vtd.caching_mode { "in first-stage tables" } else { "without caching mode" };
+            let why = format!("{place} a driver does not say what it maps, so there is nothing to record");
+            return Err(refused("--record", record.display(), why));
         }
     }
     if let Some(why) = not_free(address) {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 use viommu_virtio::viot::Bdf;
 
-use super::options::{OptionError, ServePlan, file_name, refused};
+use super::options::{Model, OptionError, ServePlan, file_name, refused};
 
 /// Functions of a PCI device.
 const FUNCTIONS: u8 = 8;
@@ -64,6 +64,11 @@ fn is_taken(plan: &ServePlan, slot: u8) -> bool {
 /// There are too many.
 pub(crate) fn check(plan: &ServePlan) -> Result<(), OptionError> {
     Ports::of(plan).map(drop)
+}
+
+/// The root port that has that bus behind it, in the machine that is printed.
+pub(crate) fn port_of(plan: &ServePlan, bus: u8) -> Option<Bdf> {
+    Ports::of(plan).ok()?.0.get(&bus).copied()
 }
 
 fn port(bus: u8) -> String {
@@ -138,10 +143,21 @@ fn commas(path: &std::path::Path) -> String {
 /// # Errors
 /// As [`check`].
 pub(crate) fn command_line(plan: &ServePlan) -> Result<String, OptionError> {
-    let mut text = String::from("qemu-system-x86_64");
+    let vtd = plan.iommu.as_ref().and_then(|iommu| match &iommu.model {
+        Model::Virtio => None,
+        Model::Vtd(vtd) => Some(vtd),
+    });
+    let mut text = String::new();
+    if vtd.is_some_and(|vtd| vtd.base.is_none()) {
+        // Its table must say where firmware puts the registers.
+        let directory = quoted(&plan.socket_dir.to_string_lossy());
+        text = format!("viommu boot --socket-dir {directory} -- \\\n");
+    }
+    text.push_str("qemu-system-x86_64");
+    let words = if vtd.is_some() { "console=ttyS0 intel_iommu=on" } else { "console=ttyS0" };
     let mut all = arguments(plan, &["kvm", "tcg"])?;
     all.extend(["-display", "none", "-serial", "mon:stdio"].map(str::to_owned));
-    all.extend(["-kernel", "KERNEL", "-initrd", "INITRD", "-append", "console=ttyS0"].map(str::to_owned));
+    all.extend(["-kernel", "KERNEL", "-initrd", "INITRD", "-append", words].map(str::to_owned));
     for argument in &all {
         // An option begins a line.
         text.push_str(if argument.starts_with('-') { " \\\n  " } else { " " });

@@ -1,5 +1,7 @@
 //! `--record`: what the guest does with the IOMMU, as a history for `viommu replay`.
 
+mod follower;
+
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
@@ -12,6 +14,7 @@ use viommu_trace::{Entry as Line, Event, Reserved, Reset, Writer};
 use viommu_virtio::{Entry, Journal};
 
 use super::snapshot::nanos;
+pub(crate) use follower::Scribe;
 
 /// A journal of the device that writes a history, with the time since it began. Writing is the driver's time: a block
 /// of 16 KiB now and then.
@@ -50,6 +53,10 @@ impl<W: Write> Recording<W> {
         let mut state = self.lock();
         let outcome = state.writer.take()?.finish();
         outcome.inspect_err(|why| (state.trouble)(why)).ok()
+    }
+
+    fn write(&self, event: Event) {
+        self.lock().write(event);
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State<W>> {

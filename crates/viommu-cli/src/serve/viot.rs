@@ -1,13 +1,14 @@
 //! The ACPI table that tells the guest which functions are behind the IOMMU.
 
+use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
 
 use viommu_virtio::viot::{Bdf, PciRange, Transport, Viot, ViotError, ViotIommu};
 
-use super::dmar;
 use super::options::{Model, ServePlan};
+use super::{dmar, qemu};
 
 /// The table, if there is an IOMMU. A function's endpoint id is its requester id.
 pub(crate) fn table(plan: &ServePlan) -> Option<Viot> {
@@ -29,11 +30,16 @@ pub(crate) fn table(plan: &ServePlan) -> Option<Viot> {
     Some(Viot { iommus: vec![iommu], ..Viot::default() })
 }
 
-/// What the DMAR table of a VT-d unit says, and where its registers are if that is known.
-pub(crate) fn dmar_plan(plan: &ServePlan) -> Option<(dmar::Plan, Option<u64>)> {
-    let Model::Vtd(vtd) = &plan.iommu.as_ref()?.model else { return None };
-    let devices = plan.devices.iter().map(|device| device.address).collect();
-    Some((dmar::Plan { host_bits: HOST_BITS, devices }, vtd.base))
+/// What the DMAR table of a VT-d unit says.
+pub(crate) fn dmar_plan(plan: &ServePlan) -> Option<dmar::Plan> {
+    let Model::Vtd(_) = &plan.iommu.as_ref()?.model else { return None };
+    let fixed = plan.devices.iter().map(|device| device.address);
+    let endpoints = fixed.clone().filter(|address| address.bus() == 0).collect();
+    // A range may lie over several buses.
+    let later = plan.hotplug.iter().flat_map(|range| range.start().bus()..=range.end().bus());
+    let buses: BTreeSet<u8> = fixed.map(Bdf::bus).chain(later).filter(|bus| *bus != 0).collect();
+    let ports = buses.into_iter().filter_map(|bus| qemu::port_of(plan, bus)).collect();
+    Some(dmar::Plan { host_bits: HOST_BITS, endpoints, ports })
 }
 
 /// Bits of a guest physical address, for a VT-d unit.
@@ -59,17 +65,11 @@ impl core::fmt::Display for WriteError {
 
 impl std::error::Error for WriteError {}
 
-/// Writes the table, if there is one: whoever reads the file finds all of it, or what was there before.
+/// Writes the VIOT, if there is one: whoever reads the file finds all of it, or what was there before.
 ///
 /// # Errors
 /// See [`WriteError`]; the file is as it was.
 pub(crate) fn write(plan: &ServePlan) -> Result<(), WriteError> {
-    if let Some((dmar, base)) = dmar_plan(plan) {
-        // Without an address it is written when firmware has chosen one.
-        return base
-            .map_or(Ok(()), |base| dmar::write(&plan.table_file(), &dmar, base))
-            .map_err(WriteError::Io);
-    }
     let Some(table) = table(plan) else { return Ok(()) };
     let bytes = table.to_bytes().map_err(WriteError::Table)?;
     write_whole(&plan.viot_file(), &bytes).map_err(WriteError::Io)
@@ -155,15 +155,23 @@ mod tests {
     }
 
     #[test]
-    fn write_of_a_vtd_unit_is_its_own_table_where_its_address_is_known() {
+    fn dmar_plan_names_functions_on_bus_0_and_ports_of_the_others() {
         let directory = tempfile::tempdir().unwrap();
-        let plan = |iommu: &str| plan_in(directory.path(), &["--iommu", iommu, "--endpoint", "00:02.0=rng"]);
-        let unknown = plan("vtd@00:01.0").unwrap();
-        write(&unknown).unwrap();
-        assert!(table(&unknown).is_none() && !unknown.table_file().exists());
-        let known = plan("vtd@00:01.0,base=0xfebfc000").unwrap();
-        write(&known).unwrap();
-        assert_eq!(fs::read(known.table_file()).unwrap().len(), 72);
-        assert!(!known.viot_file().exists());
+        let more = [
+            "--endpoint",
+            "00:02.0=rng",
+            "--endpoint",
+            "02:00.0=rng",
+            "--endpoint",
+            "01:00.0-01:00.7=hotplug",
+        ];
+        let plan = plan_in(directory.path(), &[&["--iommu", "vtd@00:01.0"], &more[..]].concat()).unwrap();
+        write(&plan).unwrap();
+        assert!(table(&plan).is_none() && !plan.viot_file().exists());
+        let dmar = dmar_plan(&plan).unwrap();
+        assert_eq!(dmar.endpoints, [Bdf(0x10)]);
+        // The ports for buses 01 and 02 are functions of the last device that is free.
+        assert_eq!(dmar.ports, [Bdf::new(0, 0x1e, 0).unwrap(), Bdf::new(0, 0x1e, 1).unwrap()]);
+        assert_eq!(dmar_plan(&plan_in(directory.path(), &more).unwrap()), None);
     }
 }

@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why there is no answer.
 #[derive(Debug)]
-pub(super) enum ClientError {
+pub(crate) enum ClientError {
     /// Nobody serves there.
     Nobody(PathBuf),
     /// The socket cannot be used.
@@ -45,7 +45,7 @@ impl std::error::Error for ClientError {}
 
 /// A connection to who serves in a directory.
 #[derive(Debug)]
-pub(super) struct Client {
+pub(crate) struct Client {
     path: PathBuf,
     stream: BufReader<UnixStream>,
 }
@@ -53,7 +53,7 @@ pub(super) struct Client {
 impl Client {
     /// # Errors
     /// [`ClientError::Nobody`], [`ClientError::Io`].
-    pub(super) fn connect(directory: &Path) -> Result<Self, ClientError> {
+    pub(crate) fn connect(directory: &Path) -> Result<Self, ClientError> {
         let path = control_socket(directory);
         let connected = UnixStream::connect(&path).and_then(|stream| {
             stream.set_read_timeout(Some(PATIENCE))?;
@@ -73,7 +73,7 @@ impl Client {
     ///
     /// # Errors
     /// All but [`ClientError::Nobody`]. After another one than [`ClientError::Refused`] the connection is of no use.
-    pub(super) fn ask(&mut self, request: &Request) -> Result<Answer, ClientError> {
+    pub(crate) fn ask(&mut self, request: &Request) -> Result<Answer, ClientError> {
         let mut text = Vec::new();
         let outcome = self.stream.get_mut().write_all(&line(request));
         match outcome.and_then(|()| self.stream.read_until(b'\n', &mut text)) {
@@ -94,7 +94,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::ask`].
-    pub(super) fn snapshot(&mut self, mappings: bool) -> Result<Snapshot, ClientError> {
+    pub(crate) fn snapshot(&mut self, mappings: bool) -> Result<Snapshot, ClientError> {
         match self.ask(&Request::Get { get: What::Snapshot, mappings })? {
             Answer::Snapshot(snapshot) => Ok(*snapshot),
             _ => Err(ClientError::Garbled("another answer was expected".into())),

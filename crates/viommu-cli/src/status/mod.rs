@@ -1,6 +1,6 @@
 //! `viommu status`, `plug` and `unplug`: what a server tells over its control socket, and is asked there.
 
-mod client;
+pub(crate) mod client;
 mod format;
 mod page;
 mod rates;

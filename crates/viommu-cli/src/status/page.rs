@@ -81,12 +81,16 @@ fn title(directory: &str, snapshot: &Snapshot) -> Line {
 
 /// Rates of requests and translations.
 fn requests(iommu: &Iommu, history: &History) -> Vec<Line> {
-    const NAMES: [&str; 4] = ["MAP", "UNMAP", "ATTACH", "DETACH"];
+    let (title, names, refused): (_, &[&str], _) = match iommu.vtd {
+        None => ("requests", &["MAP", "UNMAP", "ATTACH", "DETACH"], "refused"),
+        // A driver that says something wrong has its queue stopped, and no answer.
+        Some(_) => ("told of", &["context", "domain", "pages", "wait"], ""),
+    };
     let head = match history.now() {
         Some(_) => {
-            format!("{:<9}{:>9}  {:<BARS$}{:>11}{:>8}", "requests", "a second", "", "total", "refused")
+            format!("{title:<9}{:>9}  {:<BARS$}{:>11}{refused:>8}", "a second", "", "total")
         }
-        None => format!("{:<9}{:>11}{:>8}", "requests", "total", "refused"),
+        None => format!("{title:<9}{:>11}{refused:>8}", "total"),
     };
     let mut lines = vec![Line::of(Tone::Head, head)];
     let row = |name: &str, rate_of: &dyn Fn(&Rates) -> f64, total: String, refused: Option<u64>| {
@@ -100,9 +104,9 @@ fn requests(iommu: &Iommu, history: &History) -> Vec<Line> {
         line.add(tone, format!("{:>8}", refused.map(count).unwrap_or_default()));
         line
     };
-    for name in NAMES {
-        let total = count(iommu.answers(name));
-        lines.push(row(name, &|rates| rates.request(name), total, Some(iommu.refusals(name))));
+    for name in names {
+        let (total, refused) = (count(iommu.answers(name)), iommu.refusals(name));
+        lines.push(row(name, &|rates| rates.request(name), total, iommu.vtd.is_none().then_some(refused)));
     }
     let all: u64 =
         history.last().map_or(0, |last| last.endpoints.iter().map(|endpoint| endpoint.batches).sum());
@@ -126,10 +130,22 @@ fn facts(iommu: &Iommu, rates: Option<&Rates>) -> Vec<Line> {
         Line::of(Tone::Head, "record"),
         fact("mappings", Tone::Plain, count(iommu.live())),
         fact("tables", Tone::Plain, bytes(iommu.table_bytes)),
-        fact("bypass", Tone::Plain, if iommu.bypass { "on" } else { "off" }.into()),
+    ];
+    let switch = |on: bool| if on { "on" } else { "off" }.to_owned();
+    match &iommu.vtd {
+        None => lines.push(fact("bypass", Tone::Plain, switch(iommu.bypass))),
+        Some(vtd) => {
+            lines.push(fact("mode", Tone::Plain, vtd.mode.clone()));
+            lines.push(fact("caching", Tone::Plain, switch(vtd.caching_mode)));
+            let wrong = vtd.registers.is_some() && vtd.registers != vtd.in_table;
+            let at = vtd.registers.map_or_else(|| "-".into(), |at| at.to_string());
+            lines.push(fact("at", bad(wrong), at));
+        }
+    }
+    lines.extend([
         fact("waiting", Tone::Plain, count(iommu.outstanding)),
         fact("faults", bad(iommu.faults.total() != 0), faults),
-    ];
+    ]);
     // Requests that could not be read, and reports that found no room.
     let troubles = [("unread", iommu.malformed), ("lost", iommu.faults.lost)];
     lines.extend(troubles.iter().filter(|(_, n)| *n != 0).map(|(name, n)| fact(name, Tone::Bad, count(*n))));
@@ -163,11 +179,16 @@ fn times(iommu: &Iommu) -> Vec<Line> {
         Line::of(Tone::Plain, text)
     };
     let empty = Histogram::default();
-    vec![
-        Line::of(Tone::Head, head),
-        row("UNMAP until answered", &iommu.unmap_times),
-        row("any request until answered", iommu.function.request_times.as_ref().unwrap_or(&empty)),
-    ]
+    let any = iommu.function.request_times.as_ref().unwrap_or(&empty);
+    let mut lines = vec![Line::of(Tone::Head, head)];
+    match iommu.vtd {
+        None => {
+            lines.push(row("UNMAP until answered", &iommu.unmap_times));
+            lines.push(row("any request until answered", any));
+        }
+        Some(_) => lines.push(row("queue until done", any)),
+    }
+    lines
 }
 
 fn functions(snapshot: &Snapshot, rates: Option<&Rates>) -> Vec<Line> {

@@ -42,9 +42,14 @@ pub(super) fn show(directory: &str, snapshot: Snapshot) -> String {
 fn mappings(snapshot: &Snapshot) -> String {
     let mut text = String::new();
     for domain in snapshot.iommu.iter().flat_map(|iommu| &iommu.domains) {
-        let Some(list) = &domain.mappings else { continue };
+        // Where the record does not follow the guest's tables, these are what there is.
+        let (list, place) = match (&domain.mappings, &domain.tables) {
+            (Some(record), _) => (record, ""),
+            (None, Some(tables)) => (tables, " in the guest's tables"),
+            (None, None) => continue,
+        };
         let head = style(Tone::Head);
-        let _ = writeln!(text, "\n{head}domain {}: {} mappings{head:#}", domain.id, list.len());
+        let _ = writeln!(text, "\n{head}domain {}: {} mappings{place}{head:#}", domain.id, list.len());
         for m in list {
             let kind = if m.mmio { " mmio" } else { "" };
             let (start, last, gpa) = (m.start.to_string(), m.last.to_string(), m.gpa.to_string());

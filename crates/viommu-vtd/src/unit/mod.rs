@@ -4,6 +4,7 @@ mod domains;
 mod jobs;
 mod queue;
 mod registers;
+mod report;
 mod views;
 
 use core::task::{Context as TaskContext, Poll};
@@ -30,6 +31,7 @@ use crate::sync::{Mutex, MutexGuard, lock};
 use domains::Domains;
 use jobs::Jobs;
 use registers::Registers;
+pub use report::TableView;
 pub(crate) use views::Member;
 
 /// Widths of the addresses that a guest's tables resolve.

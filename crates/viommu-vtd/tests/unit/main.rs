@@ -8,6 +8,7 @@ mod lazy;
 mod mirrors;
 mod random;
 mod registers;
+mod report;
 mod rig;
 mod scalable;
 mod scalable_faults;

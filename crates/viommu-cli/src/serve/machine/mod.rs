@@ -2,6 +2,7 @@
 
 mod endpoint;
 mod iommu;
+mod place;
 mod unit;
 mod vtd;
 
@@ -13,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use viommu::{Endpoint, EndpointConfig, Iommu};
+use viommu::{Endpoint, EndpointConfig, EndpointId, Iommu, Subscription};
 use viommu_vfio_user::virtio::{DriverState, status};
 use viommu_vfio_user::{
     Device as VirtioDevice, Function, Link, Server, Stopper, VirtioFunction, WindowLimits, Windows,
@@ -24,13 +25,14 @@ use viommu_vtd::Vtd;
 
 use self::endpoint::{EndpointDevice, Engine};
 use self::iommu::IommuDevice;
+pub(super) use self::place::Place;
 use self::unit::Unit;
-use self::vtd::{TableFile, VtdFunction};
+use self::vtd::VtdFunction;
 use super::control::Live;
 use super::control::protocol::Plugged;
 use super::device::Kind;
 use super::options::{Device, IommuPlan, Model, ServePlan, VtdPlan};
-use super::record::Recording;
+use super::record::{Recording, Scribe};
 use super::snapshot::{self, Hex, Snapshot};
 use super::times::Times;
 use super::{qemu, snapshot::gather::nanos, viot};
@@ -93,6 +95,18 @@ struct Member {
     engine: Arc<Engine>,
     times: Arc<Times>,
     served: Served,
+    /// Of a VT-d unit whose history is written.
+    followed: Option<Subscription>,
+}
+
+/// A VT-d unit.
+struct VtdParts {
+    vtd: Vtd,
+    /// Its client's memory, in which its tables are.
+    windows: Windows,
+    place: Arc<Place>,
+    /// Of what a write of the queue's tail asks for.
+    times: Arc<Times>,
 }
 
 /// The machine. Dropping it stops all that is served.
@@ -100,11 +114,13 @@ pub(crate) struct Machine {
     plan: ServePlan,
     unit: Unit,
     device: Option<VirtioIommu>,
-    /// The other IOMMU that there may be, and its client's memory.
-    vtd: Option<(Vtd, Windows)>,
+    /// The other IOMMU that there may be.
+    vtd: Option<VtdParts>,
     members: Mutex<BTreeMap<Bdf, Member>>,
     iommu: Mutex<Option<Served>>,
     recording: Option<Arc<Recording<File>>>,
+    /// Writes what a VT-d unit's record makes of its driver's tables.
+    scribe: Option<Arc<Scribe<File>>>,
     started: Instant,
 }
 
@@ -124,32 +140,37 @@ impl Machine {
                 Model::Vtd(model) => {
                     let windows = Windows::new(limits);
                     let vtd = vtd_unit(iommu, model, &windows)?;
-                    (Unit::new(vtd.iommu().clone()), None, Some((vtd, windows)))
+                    let dmar = viot::dmar_plan(&plan).unwrap_or_default();
+                    let place = Arc::new(Place::new(plan.table_file(), dmar, model.base)?);
+                    let unit = Unit::new(vtd.iommu().clone());
+                    (unit, None, Some(VtdParts { vtd, windows, place, times: Arc::default() }))
                 }
             },
             None => (Unit::new(Iommu::builder().bypass(true).build()?), None, None),
         };
-        let recording = match (&plan.record, &device) {
-            (Some(path), Some(device)) => {
-                let failed = |source| MachineError::History { path: path.clone(), source };
-                let recording = Recording::create(path).map_err(failed)?;
+        let recording = plan.record.as_ref().map(|path| {
+            let failed = |source| MachineError::History { path: path.clone(), source };
+            Recording::create(path).map_err(failed)
+        });
+        let recording = recording.transpose()?;
+        let mut scribe = None;
+        if let Some(recording) = &recording {
+            if let Some(device) = &device {
                 // The device is new: nobody else has taken its journal.
                 device.journal(recording.clone());
-                Some(recording)
             }
-            _ => None,
-        };
+            scribe = vtd.as_ref().map(|_| Scribe::new(recording.clone()));
+        }
         let (members, iommu, started) = (Mutex::default(), Mutex::default(), Instant::now());
-        let machine = Self { plan, unit, device, vtd, members, iommu, recording, started };
+        let machine = Self { plan, unit, device, vtd, members, iommu, recording, scribe, started };
         for device in machine.plan.devices.clone() {
             machine.add(device)?;
         }
-        if let (Some((vtd, windows)), Some(iommu)) = (&machine.vtd, &machine.plan.iommu) {
-            let (path, address) = (machine.plan.table_file(), iommu.address);
-            let (plan, written) = viot::dmar_plan(&machine.plan).unzip();
-            let table = TableFile { path, plan: plan.unwrap_or_default(), written: written.flatten() };
-            let unit = machine.unit.clone();
-            let function = VtdFunction::new(vtd.clone(), address, unit, windows.clone(), table)?;
+        if let (Some(parts), Some(iommu)) = (&machine.vtd, &machine.plan.iommu) {
+            let VtdParts { vtd, windows, place, times } = parts;
+            let (unit, address) = (machine.unit.clone(), iommu.address);
+            let (vtd, place, times) = (vtd.clone(), place.clone(), times.clone());
+            let function = VtdFunction::new(vtd, address, unit, windows.clone(), place, times)?;
             let socket = machine.plan.iommu_socket();
             let served = serve_function(function, None, windows.clone(), socket, machine.limits(), address)?;
             *machine.iommu() = Some(served);
@@ -189,10 +210,15 @@ impl Machine {
         let refused = |why: String| MachineError::Device { address, device: device.kind.to_string(), why };
         let engine = Arc::new(Engine::new(&device.kind, address).map_err(refused)?);
         let endpoint = self.add_endpoint(address).map_err(refused)?;
+        let followed = self.scribe.as_ref().map(|scribe| scribe.follow(&endpoint)).transpose();
+        let followed = followed.map_err(|why| {
+            self.remove_endpoint(address);
+            refused(why.to_string())
+        })?;
         let times = Arc::new(Times::default());
         let served = self.serve_device(address, &engine, &times, &endpoint);
         let served = served.inspect_err(|_| self.remove_endpoint(address))?;
-        self.members().insert(address, Member { device, engine, times, served });
+        self.members().insert(address, Member { device, engine, times, served, followed });
         Ok(())
     }
 
@@ -212,7 +238,7 @@ impl Machine {
 
     fn add_endpoint(&self, address: Bdf) -> Result<Endpoint, String> {
         let id = u32::from(u16::from(address));
-        if let Some((vtd, _)) = &self.vtd {
+        if let Some(VtdParts { vtd, .. }) = &self.vtd {
             return vtd.add_endpoint(address.into()).map_err(|why| why.to_string());
         }
         match (&self.device, &self.plan.iommu) {
@@ -230,7 +256,9 @@ impl Machine {
     fn remove_endpoint(&self, address: Bdf) {
         let id = u32::from(u16::from(address));
         let removed = match (&self.device, &self.vtd) {
-            (_, Some((vtd, _))) => vtd.remove_endpoint(address.into()).map_err(|why| why.to_string()),
+            (_, Some(VtdParts { vtd, .. })) => {
+                vtd.remove_endpoint(address.into()).map_err(|why| why.to_string())
+            }
             (Some(device), None) => device.remove_endpoint(id).map_err(|why| why.to_string()),
             (None, None) => match self.unit.iommu().endpoint(id) {
                 Some(endpoint) => endpoint.remove().map_err(|why| why.to_string()),
@@ -238,7 +266,12 @@ impl Machine {
             },
         };
         match removed {
-            Ok(done) => unit::wait(done, "an endpoint that goes"),
+            Ok(done) => {
+                unit::wait(done, "an endpoint that goes");
+                if let Some(scribe) = &self.scribe {
+                    scribe.forget(EndpointId::new(id));
+                }
+            }
             Err(why) => tracing::error!("{address} stays known to the IOMMU: {why}"),
         }
     }
@@ -275,12 +308,7 @@ fn vtd_unit(plan: &IommuPlan, model: &VtdPlan, windows: &Windows) -> Result<Vtd,
     if let Some(domains) = plan.max_domains {
         builder = builder.domains(domains);
     }
-    let config = viommu_vtd::Config {
-        caching_mode: model.caching_mode,
-        host_bits: viot::HOST_BITS.into(),
-        ..viommu_vtd::Config::default()
-    };
-    Ok(Vtd::new(builder, windows.clone(), config)?)
+    Ok(Vtd::new(builder, windows.clone(), model.config())?)
 }
 
 fn virtio_iommu(plan: &IommuPlan) -> Result<VirtioIommu, MachineError> {
@@ -363,10 +391,13 @@ impl Live for Machine {
         let function = self.iommu().as_ref().map(|served| served.state(model));
         let iommu = function.and_then(|function| match (&self.device, &self.vtd) {
             (Some(device), _) => Some(snapshot::Iommu::of(device, function, self.started, mappings)),
-            (None, Some((vtd, _))) => {
-                let driver_ready = vtd.is_translating();
-                let function = snapshot::Function { driver_ready, ..function };
-                Some(snapshot::Iommu::of_vtd(vtd, function, mappings))
+            (None, Some(parts)) => {
+                let function = snapshot::Function {
+                    driver_ready: parts.vtd.is_translating(),
+                    request_times: Some(parts.times.histogram()),
+                    ..function
+                };
+                Some(snapshot::Iommu::of_vtd(&parts.vtd, &parts.place, function, self.started, mappings))
             }
             (None, None) => None,
         });
@@ -405,9 +436,10 @@ impl Live for Machine {
             return Err(format!("nothing was plugged in at {address}"));
         }
         let member = self.members().remove(&address);
-        let Member { engine, served, .. } =
+        let Member { engine, served, followed, .. } =
             member.ok_or_else(|| format!("there is no device at {address}"))?;
         drop(served);
+        drop(followed);
         let flushed = engine.flush();
         self.remove_endpoint(address);
         flushed.map_err(|why| format!("the device is gone, but what was written may be lost: {why}"))?;

@@ -1,9 +1,8 @@
 //! The VT-d unit as a PCI function: its register page is BAR 0, which the guest's DMAR table names.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use viommu::WaitError;
@@ -11,11 +10,13 @@ use viommu_vfio_user::memory::Window;
 use viommu_vfio_user::pci::{ConfigSpace, Identity};
 use viommu_vfio_user::{Function, Interrupts, Link, Region, Windows};
 use viommu_virtio::viot::Bdf;
+use viommu_vtd::spec::register::QUEUE_TAIL;
 use viommu_vtd::{Msi, Vtd};
 
+use super::place::Place;
 use super::unit::{self, Unit};
-use crate::serve::dmar;
 use crate::serve::hush::Hush;
+use crate::serve::times::Times;
 
 /// A class of which Linux lets the BAR be where firmware has put it (an interrupt controller): its IOMMU driver has
 /// claimed the page before its PCI code looks.
@@ -41,7 +42,8 @@ pub(crate) struct VtdFunction {
     pristine: ConfigSpace,
     link: Option<Link>,
     due: Arc<Due>,
-    table: TableFile,
+    place: Arc<Place>,
+    times: Arc<Times>,
     hush: Hush,
 }
 
@@ -51,20 +53,14 @@ struct Due {
     interrupts: Mutex<Vec<Msi>>,
 }
 
-/// Where the DMAR table goes when the register page has its place.
-pub(crate) struct TableFile {
-    pub(crate) path: PathBuf,
-    pub(crate) plan: dmar::Plan,
-    pub(crate) written: Option<u64>,
-}
-
 impl VtdFunction {
     pub(crate) fn new(
         vtd: Vtd,
         address: Bdf,
         unit: Unit,
         windows: Windows,
-        table: TableFile,
+        place: Arc<Place>,
+        times: Arc<Times>,
     ) -> std::io::Result<Self> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let due = Arc::new(Due { event, interrupts: Mutex::default() });
@@ -99,7 +95,8 @@ impl VtdFunction {
             config,
             link: None,
             due,
-            table,
+            place,
+            times,
             hush: Hush::default(),
         })
     }
@@ -134,24 +131,12 @@ impl VtdFunction {
         }
     }
 
-    /// Firmware has put the register page somewhere: a machine that is started in the same way has it there, too.
-    fn placed(&mut self) {
+    /// Firmware, or the guest, has written to the configuration.
+    fn look_for_place(&self) {
         let decodes = self.config.value(COMMAND, 2) & 2 != 0;
         let at = self.config.value(BAR, 4) & !0xf;
-        if !decodes || at == 0 || at == u64::from(!(REGISTERS - 1)) || self.table.written == Some(at) {
-            return;
-        }
-        if let Some(before) = self.table.written {
-            // The guest has the old table in its memory.
-            tracing::warn!(
-                "the VT-d registers are at {at:#x}, and the table says {before:#x}: start the machine again"
-            );
-        } else {
-            tracing::info!("the VT-d registers are at {at:#x}");
-        }
-        match dmar::write(&self.table.path, &self.table.plan, at) {
-            Ok(()) => self.table.written = Some(at),
-            Err(error) => tracing::error!("{}: {error}", self.table.path.display()),
+        if decodes && at != 0 && at != u64::from(!(REGISTERS - 1)) {
+            self.place.placed(at);
         }
     }
 }
@@ -185,19 +170,24 @@ impl Function for VtdFunction {
     fn write(&mut self, region: Region, offset: u64, data: &[u8]) {
         match region {
             Region::Bar(0) => {
+                let start = Instant::now();
                 self.vtd.write(offset, data);
                 self.run();
+                if offset == QUEUE_TAIL {
+                    self.times.add(start.elapsed());
+                }
             }
             Region::Bar(_) => {}
             Region::Config => {
                 self.config.write(offset, data);
-                self.placed();
+                self.look_for_place();
             }
         }
     }
 
     fn reset(&mut self) {
         self.config = self.pristine.clone();
+        self.place.left();
         let reset = self.vtd.reset();
         if !reset.inside.is_empty() {
             tracing::debug!("reset while devices were at work: {:?}", reset.inside);

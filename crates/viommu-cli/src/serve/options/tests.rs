@@ -213,9 +213,15 @@ fn a_vtd_unit_has_options_of_its_own_and_none_of_the_virtio_iommu() {
     let vtd = |text: &str| plan(&["--iommu", text]).map(|plan| plan.iommu.unwrap());
     let iommu = vtd("vtd@00:04.0").unwrap();
     assert_eq!(iommu.address, Bdf(0x20));
-    assert_eq!(iommu.model, Model::Vtd(VtdPlan { caching_mode: true, base: None }));
+    assert_eq!(iommu.model, Model::Vtd(VtdPlan { caching_mode: true, scalable: None, base: None }));
     let iommu = vtd("vtd@00:01.0,caching-mode=off,base=0xfebfc000").unwrap();
-    assert_eq!(iommu.model, Model::Vtd(VtdPlan { caching_mode: false, base: Some(0xfebf_c000) }));
+    let expected = VtdPlan { caching_mode: false, scalable: None, base: Some(0xfebf_c000) };
+    assert_eq!(iommu.model, Model::Vtd(expected));
+    for (text, stage) in [("first-stage", Stage::First), ("second-stage", Stage::Second)] {
+        let iommu = vtd(&format!("vtd@00:01.0,scalable={text}")).unwrap();
+        let expected = VtdPlan { caching_mode: true, scalable: Some(stage), base: None };
+        assert_eq!(iommu.model, Model::Vtd(expected));
+    }
     for wrong in [
         "vtd@",
         "vtd@00:01.1",
@@ -226,20 +232,26 @@ fn a_vtd_unit_has_options_of_its_own_and_none_of_the_virtio_iommu() {
         "vtd@00:01.0,base=0xfebfc001",
         "vtd@00:01.0,base=0",
         "vtd@00:01.0,granule=4K",
+        "vtd@00:01.0,scalable",
+        "vtd@00:01.0,scalable=on",
         "amd@00:01.0",
     ] {
         assert!(vtd(wrong).is_err(), "{wrong}");
     }
-    for other in [
-        ["--bypass", "off"],
-        ["--page-sizes", "4K"],
-        ["--aperture", "0-0xfff"],
-        ["--reserved", "none"],
-        ["--record", "f"],
-    ] {
+    for other in
+        [["--bypass", "off"], ["--page-sizes", "4K"], ["--aperture", "0-0xfff"], ["--reserved", "none"]]
+    {
         assert!(plan(&[&["--iommu", "vtd@00:01.0"], &other[..]].concat()).is_err(), "{other:?}");
     }
-    assert!(plan(&["--iommu", "vtd@00:01.0", "--endpoint", "01:00.0-01:1f.7=hotplug"]).is_err());
+    let hotplug = |range: &str| plan(&["--iommu", "vtd@00:01.0", "--endpoint", &format!("{range}=hotplug")]);
+    assert!(hotplug("01:00.0-01:1f.7").is_ok());
+    let said = hotplug("00:04.0-01:00.7").unwrap_err();
+    assert!(said.starts_with("--endpoint 00:04.0-01:00.7=hotplug: "), "{said}");
+    assert!(plan(&["--iommu", "vtd@00:01.0", "--record", "f"]).is_ok());
+    let said = plan(&["--iommu", "vtd@00:01.0,caching-mode=off", "--record", "f"]).unwrap_err();
+    assert!(said.starts_with("--record f: without caching mode"), "{said}");
+    let said = plan(&["--iommu", "vtd@00:01.0,scalable=first-stage", "--record", "f"]).unwrap_err();
+    assert!(said.starts_with("--record f: in first-stage tables"), "{said}");
     let plan = plan(&["--iommu", "vtd@00:01.0"]).unwrap();
     assert!(plan.table_file().ends_with("dmar.bin") && plan.viot_file().ends_with("viot.bin"));
 }

@@ -153,7 +153,7 @@ impl Guest {
     }
 }
 
-fn replay(history: &[u8], model: Model) -> Summary {
+pub(super) fn replay(history: &[u8], model: Model) -> Summary {
     let mut history = History::from_reader(Cursor::new(history.to_vec()), "recorded").unwrap();
     let mut judge = Judge::new(Options { model, ..Options::default() }, history.format(), None).unwrap();
     while let Some(entry) = history.next().unwrap() {

@@ -6,10 +6,13 @@ use std::time::Instant;
 
 use viommu::{FaultReason, IovaRange};
 use viommu_virtio::VirtioIommu;
-use viommu_vtd::Vtd;
+use viommu_vtd::{Stage, Vtd};
 
-use super::{Domain, Endpoint, Fault, Faults, Function, Hex, Histogram, Iommu, Mapping, Requests, View};
+use super::{
+    Domain, Endpoint, Fault, Faults, Function, Hex, Histogram, Iommu, Mapping, Requests, View, VtdState,
+};
 use crate::judge::{REQUESTS, STATUSES};
+use crate::serve::machine::Place;
 
 /// Nanoseconds.
 pub(crate) fn nanos(time: Duration) -> u64 {
@@ -55,42 +58,69 @@ impl Iommu {
                 pending: count(metrics.events_pending),
                 reported: metrics.events_sent,
                 lost,
-                recent: device.recent_faults().iter().map(|recent| fault(recent, started)).collect(),
+                recent: device.recent_faults().iter().map(|one| fault(one.at, &one.fault, started)).collect(),
             },
             table_bytes: record.table_bytes(),
+            vtd: None,
         }
     }
 }
 
+/// Mappings of one domain that are looked for in a guest's tables, at most.
+const MOST: usize = 1 << 20;
+
 impl Iommu {
-    /// Asks a VT-d unit. What it was told counts as requests; its faults are in its registers, for the driver.
-    pub(crate) fn of_vtd(vtd: &Vtd, function: Function, mappings: bool) -> Self {
+    /// Asks a VT-d unit. What it was told counts as requests. `mappings`: for all mappings too, as [`Iommu::of`].
+    pub(crate) fn of_vtd(
+        vtd: &Vtd,
+        place: &Place,
+        function: Function,
+        started: Instant,
+        mappings: bool,
+    ) -> Self {
         let record = vtd.iommu();
         let metrics = vtd.metrics();
         let requests = [
-            ("contexts", metrics.context_invalidations),
+            ("context", metrics.context_invalidations),
             ("pages", metrics.page_invalidations),
-            ("domains", metrics.wide_invalidations),
-            ("device TLB", metrics.device_tlb_invalidations),
+            ("domain", metrics.wide_invalidations),
+            ("dev TLB", metrics.device_tlb_invalidations),
             ("wait", metrics.waits),
         ];
-        let requests = requests.into_iter().filter(|(_, count)| *count != 0).map(|(request, count)| {
-            Requests { request: request.to_owned(), status: "done".to_owned(), count }
-        });
-        let lost = metrics.faults_lost.saturating_add(metrics.faults_collapsed);
+        let requests = requests
+            .into_iter()
+            .filter(|(_, count)| *count != 0)
+            .map(|(request, count)| Requests { request: request.to_owned(), status: "OK".to_owned(), count });
+        let unsaid = metrics.faults_lost.saturating_add(metrics.faults_collapsed);
+        // Those whose domain nobody sees are the unit's own business.
+        let domains = record.domains().into_iter().filter(|(id, _)| !record.endpoints_in(*id).is_empty());
         Self {
             function,
             bypass: record.bypass(),
-            domains: record
-                .domains()
-                .iter()
-                .map(|(id, domain)| Domain::of(*id, domain, record, mappings))
-                .collect(),
+            domains: domains.map(|(id, domain)| Domain::of_vtd(vtd, id, &domain, mappings)).collect(),
             requests: requests.collect(),
             malformed: metrics.queue_errors,
             outstanding: count(record.outstanding()),
-            faults: Faults { mapping: metrics.faults, reported: metrics.faults, lost, ..Faults::default() },
+            faults: Faults {
+                mapping: metrics.faults.saturating_add(unsaid).saturating_add(metrics.faults_quiet),
+                reported: metrics.faults,
+                lost: unsaid,
+                recent: vtd.recent_faults().iter().map(|one| fault(one.at, &one.fault, started)).collect(),
+                ..Faults::default()
+            },
             table_bytes: record.table_bytes(),
+            vtd: Some(VtdState {
+                mode: match vtd.config().scalable {
+                    None => "legacy",
+                    Some(Stage::Second) => "second-stage",
+                    Some(Stage::First) => "first-stage",
+                }
+                .into(),
+                caching_mode: vtd.config().caching_mode,
+                registers: place.at().map(Hex),
+                in_table: place.in_table().map(Hex),
+                table: place.path().display().to_string(),
+            }),
             ..Self::default()
         }
     }
@@ -101,13 +131,7 @@ impl Domain {
         let list = mappings.then(|| {
             let mut list = Vec::new();
             domain.for_each(IovaRange::ALL, |m| {
-                list.push(Mapping {
-                    start: Hex(m.range.start().0),
-                    last: Hex(m.range.last().0),
-                    gpa: Hex(m.gpa.0),
-                    access: m.access.into(),
-                    mmio: m.target == viommu::Target::Mmio,
-                });
+                list.push(m.into());
                 ControlFlow::Continue(())
             });
             list
@@ -118,6 +142,38 @@ impl Domain {
             live: count(list.as_ref().map_or_else(|| domain.len(), Vec::len)),
             table_bytes: domain.table_bytes(),
             mappings: list,
+            tables: None,
+        }
+    }
+
+    /// Where the record does not follow the guest's tables, these are walked.
+    fn of_vtd(vtd: &Vtd, id: u32, domain: &viommu::Domain, mappings: bool) -> Self {
+        let record = vtd.iommu();
+        let followed = vtd.is_followed(id);
+        let tables = (mappings || !followed).then(|| {
+            let user = record.endpoints_in(id).first().copied();
+            let view = user.and_then(|user| vtd.tables(user, MOST)).unwrap_or_default();
+            view.mappings.into_iter().map(Mapping::from).collect::<Vec<_>>()
+        });
+        let mut all = Self::of(id, domain, record, mappings && followed);
+        if let Some(tables) = &tables
+            && !followed
+        {
+            all.live = count(tables.len());
+        }
+        all.tables = tables.filter(|_| mappings);
+        all
+    }
+}
+
+impl From<viommu::Mapping> for Mapping {
+    fn from(m: viommu::Mapping) -> Self {
+        Self {
+            start: Hex(m.range.start().0),
+            last: Hex(m.range.last().0),
+            gpa: Hex(m.gpa.0),
+            access: m.access.into(),
+            mmio: m.target == viommu::Target::Mmio,
         }
     }
 }
@@ -140,8 +196,7 @@ impl Endpoint {
     }
 }
 
-fn fault(recent: &viommu_virtio::RecentFault, started: Instant) -> Fault {
-    let fault = recent.fault;
+fn fault(at: Instant, fault: &viommu::Fault, started: Instant) -> Fault {
     let reason = match fault.reason {
         FaultReason::Blocked => "blocked",
         FaultReason::Unmapped => "unmapped",
@@ -152,7 +207,7 @@ fn fault(recent: &viommu_virtio::RecentFault, started: Instant) -> Fault {
         _ => "unknown",
     };
     Fault {
-        at_ns: nanos(recent.at.saturating_duration_since(started)),
+        at_ns: nanos(at.saturating_duration_since(started)),
         endpoint: fault.endpoint.map_or(u32::MAX, |id| id.requester),
         iova: Hex(fault.iova.0),
         access: fault.access.into(),

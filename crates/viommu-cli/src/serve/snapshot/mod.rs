@@ -130,6 +130,24 @@ pub(crate) struct Iommu {
     pub(crate) faults: Faults,
     /// Bytes of tables of all domains.
     pub(crate) table_bytes: u64,
+    /// Of a VT-d unit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) vtd: Option<VtdState>,
+}
+
+/// What there is of a VT-d unit alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VtdState {
+    /// What it offers: `legacy` mode alone, or scalable mode with tables of the `second-stage` or the `first-stage`.
+    pub(crate) mode: String,
+    /// The driver announces new entries (but those of first-stage tables), so that the record can follow its tables.
+    pub(crate) caching_mode: bool,
+    /// Where firmware has put the registers, since the last reset.
+    pub(crate) registers: Option<Hex>,
+    /// Where the ACPI table says that they are.
+    pub(crate) in_table: Option<Hex>,
+    /// The path of the table.
+    pub(crate) table: String,
 }
 
 /// A domain.
@@ -139,13 +157,18 @@ pub(crate) struct Domain {
     pub(crate) id: u32,
     /// Endpoints that see it.
     pub(crate) endpoints: Vec<u32>,
-    /// How many mappings there are.
+    /// How many mappings there are: in the record, or, where that does not follow the guest's tables, in those.
     pub(crate) live: u64,
     /// Bytes of its tables.
     pub(crate) table_bytes: u64,
-    /// All of them, ascending, if they were asked for. They are of one moment.
+    /// All that are in the record, ascending, if they were asked for. They are of one moment. `None` where the record does
+    /// not follow the guest's tables.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) mappings: Option<Vec<Mapping>>,
+    /// All that are in the tables that the guest has in its memory, if it has such and they were asked for. The guest may
+    /// change them meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) tables: Option<Vec<Mapping>>,
 }
 
 /// A mapping.

@@ -43,8 +43,8 @@ pub(crate) fn sample() -> Snapshot {
         },
         bypass: true,
         domains: vec![
-            Domain { id: 0, endpoints: vec![0x10], live: 1432, table_bytes: 20_480, mappings: None },
-            Domain { id: 1, endpoints: vec![0x18], live: 12, table_bytes: 4096, mappings: None },
+            Domain { id: 0, endpoints: vec![0x10], live: 1432, table_bytes: 20_480, ..Domain::default() },
+            Domain { id: 1, endpoints: vec![0x18], live: 12, table_bytes: 4096, ..Domain::default() },
         ],
         requests: vec![
             requests("ATTACH", "OK", 2),
@@ -74,6 +74,7 @@ pub(crate) fn sample() -> Snapshot {
                 .collect(),
         },
         table_bytes: 24_576,
+        vtd: None,
     };
     let blk = Function {
         request_times: Some(histogram(&[(15, 1000), (18, 200)], 200_000)),

@@ -43,7 +43,8 @@ fn page_fits_any_terminal() {
     for id in 2..30 {
         let endpoints = (0x200..0x228).collect();
         let (live, table_bytes) = (1 << 30, u64::MAX);
-        iommu.domains.push(Domain { id: u32::MAX - id, endpoints, live, table_bytes, mappings: None });
+        let id = u32::MAX - id;
+        iommu.domains.push(Domain { id, endpoints, live, table_bytes, ..Domain::default() });
     }
     let mut fault = iommu.faults.recent[0].clone();
     (fault.iova, fault.at_ns) = (Hex(u64::MAX), 0);
