@@ -25,6 +25,7 @@ use session::{Outcome, Session};
 pub use interrupts::Interrupts;
 pub use link::Link;
 pub use listener::{BindError, PrivateListener};
+#[cfg(feature = "client")]
 pub(crate) use version::MAX_TRANSFER;
 
 /// How long a message that has begun may take, and a client may take to read a reply, before it is given up.
