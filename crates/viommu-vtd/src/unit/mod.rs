@@ -446,6 +446,7 @@ impl Vtd {
         let mut control = self.lock();
         control.registers = Registers::default();
         self.0.faults.with(|registers| *registers = Default::default());
+        self.0.faults.set_translates(false);
         self.0.shared.root_table.store(0, core::sync::atomic::Ordering::Release);
         control.jobs = Jobs::default();
         for member in control.members.values_mut() {
