@@ -143,7 +143,14 @@ pub(crate) fn open(options: &Options) -> anyhow::Result<(Lab, File)> {
         .iter()
         .map(|kernel| initramfs::make(kernel, &parts.busybox, &options.inside, &cases::SCRIPTS, &folder))
         .collect::<anyhow::Result<_>>()?;
-    let lab = Lab { parts, viommu: options.viommu.clone(), full: options.full, seeds: (options.seed, options.cases), folder, initramfs };
+    let lab = Lab {
+        parts,
+        viommu: options.viommu.clone(),
+        full: options.full,
+        seeds: (options.seed, options.cases),
+        folder,
+        initramfs,
+    };
     Ok((lab, alone))
 }
 

@@ -7,34 +7,19 @@ use viommu_vtd::spec::register as r;
 
 use super::{
     machine::{Machine, RAM, Record, SOURCES, Seen},
-    model::{INTERRUPTS, Model, Outcome, Request},
+    model::{Model, Outcome, Request},
     random::Random,
+    tables::{CONTEXTS, INDICES, LEVELS, TABLE_BYTES, TABLES},
 };
 
-/// Tables lie here, each a page: two root tables, two of contexts, and page tables.
-const TABLES: u64 = 0x100_0000;
-const CONTEXTS: u64 = TABLES + 0x2000;
-/// Page tables by level, from 1 on: the first and how many.
-const LEVELS: [(u64, u64); 4] =
-    [(TABLES + 0x4000, 4), (TABLES + 0x8000, 3), (TABLES + 0xb000, 2), (TABLES + 0xd000, 2)];
-const TABLE_BYTES: u64 = 0x1_0000;
 const QUEUE: u64 = 0x110_0000;
 const STATUS: u64 = 0x110_8000;
-/// What is mapped, mostly.
-const DATA: u64 = 0x120_0000;
-const DATA_PAGES: u64 = 16;
-
-/// Where addresses differ, by level from 1 on. Nothing below 16 MiB of a gigabyte, where machines have other things.
-const INDICES: [&[u64]; 4] =
-    [&[0, 1, 2, 0xff, 0x100, 0x1ff], &[8, 9, 0x7f, 0x80], &[0, 1, 2], &[0, 1, 0x1ff]];
 
 /// What QEMU does otherwise, each with its name in the documentation.
-pub(super) const DEVIATIONS: [&str; 5] = [
+pub(super) const DEVIATIONS: [&str; 3] = [
     "a kept page denies, unrecorded",
     "a page that touches the interrupts is blocked whole",
     "an entry of all ones is unreadable",
-    "a wait for nothing is malformed",
-    "IAIG is 0 for what was done",
 ];
 
 /// What a case, or many, did.
@@ -125,7 +110,7 @@ impl Case<'_> {
         self.machine.reset(caching_mode, &[(TABLES, TABLE_BYTES), (QUEUE, 0x9000)])?;
         self.make_tables()?;
         for _ in 0..4 {
-            let iova = self.iova();
+            let iova = self.random.iova();
             self.hot.push(iova);
         }
         if self.queued {
@@ -154,7 +139,12 @@ impl Case<'_> {
             }
             let got = self.machine.read_back(device, reads.len() as u64)?;
             for (read, got) in reads.iter().zip(got).filter(|(read, _)| read.device == device) {
-                ensure!(read.values.contains(&got), "QEMU read {got:#x}, not one of {:x?}: {}", read.values, read.line);
+                ensure!(
+                    read.values.contains(&got),
+                    "QEMU read {got:#x}, not one of {:x?}: {}",
+                    read.values,
+                    read.line
+                );
             }
         }
         Ok(())
@@ -165,28 +155,16 @@ impl Case<'_> {
         self.machine.poke(at, value)
     }
 
-    fn iova(&mut self) -> u64 {
-        if self.random.percent(2) {
-            // Wider than any table.
-            return 1 << 48 | 8 << 21;
-        }
-        let mut iova = 0;
-        for (level, indices) in (0..).zip(INDICES) {
-            iova |= self.random.one(indices) << (12 + 9 * level);
-        }
-        iova
-    }
-
     fn make_tables(&mut self) -> anyhow::Result<()> {
         for root in [TABLES, TABLES + 0x1000] {
-            let entry = self.root_entry();
+            let entry = self.random.root_entry();
             self.poke(root, entry[0])?;
             self.poke(root + 8, entry[1])?;
         }
         for table in [CONTEXTS, CONTEXTS + 0x1000] {
             for source in SOURCES {
                 let at = table + u64::from(source) * 16;
-                let entry = self.context_entry();
+                let entry = self.random.context_entry();
                 self.poke(at + 8, entry[1])?;
                 self.poke(at, entry[0])?;
             }
@@ -194,7 +172,7 @@ impl Case<'_> {
         for (level, (first, count)) in (1..).zip(LEVELS) {
             for table in 0..count {
                 for index in INDICES[level - 1] {
-                    let entry = self.entry(level);
+                    let entry = self.random.entry(level);
                     if entry != 0 {
                         self.poke(first + table * 0x1000 + index * 8, entry)?;
                     }
@@ -204,86 +182,12 @@ impl Case<'_> {
         Ok(())
     }
 
-    /// Where a table may be that is none.
-    fn nowhere(&mut self) -> u64 {
-        let inside = RAM + 0x1000 * self.random.below(16);
-        self.random.one(&[RAM, inside, 1 << 40, 0x7fff_f000])
-    }
-
-    fn root_entry(&mut self) -> [u64; 2] {
-        let table = CONTEXTS + 0x1000 * self.random.below(2);
-        match self.random.below(150) {
-            0 => [table, 0],
-            1 => [table | 1 | 1 << (1 + self.random.below(11)), 0],
-            2 => [table | 1, 1 << self.random.below(64)],
-            3 => [self.nowhere() | 1, 0],
-            4 => [table | 1 | 1 << (48 + self.random.below(16)), 0],
-            _ => [table | 1, 0],
-        }
-    }
-
-    fn context_entry(&mut self) -> [u64; 2] {
-        let width = self.random.one(&[1, 2, 2, 2]);
-        let (first, count) = LEVELS[width as usize + 1];
-        let root = first + 0x1000 * self.random.below(count);
-        let quiet = if self.random.percent(12) { 2 } else { 0 };
-        let (low, high) = (root | 1 | quiet, width | (1 + self.random.below(3)) << 8);
-        match self.random.below(60) {
-            0 => [low & !1, high],
-            1 => [low | 1 << (2 + self.random.below(10)), high],
-            2 => [low, high ^ 1 << self.random.below(64)],
-            3 => [self.nowhere() | 1 | quiet, high],
-            4 => [low | 1 << (48 + self.random.below(16)), high],
-            5..=8 => [low | 2 << 2, high],
-            _ => [low, high],
-        }
-    }
-
-    /// An entry of a table of a level.
-    fn entry(&mut self, level: usize) -> u64 {
-        let access = self.random.one(&[3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 1, 2]);
-        let is_page = level == 1 || level <= 3 && self.random.percent(if level == 2 { 30 } else { 15 });
-        let target = if is_page { self.target(level) } else { self.table(level - 1) };
-        let good = target | access | if is_page && level > 1 { 1 << 7 } else { 0 };
-        match self.random.below(80) {
-            0..=2 => 0,
-            4 => good & !3,
-            // A bit that is nobody's, or reserved.
-            5 | 6 => good ^ 1 << self.random.one(&[2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 48, 51, 52, 61, 62, 63]),
-            7 if is_page && level > 1 => good | 1 << (12 + self.random.below(9 * (level as u64 - 1))),
-            8 => self.nowhere() | access,
-            9 if self.random.percent(20) => u64::MAX,
-            _ => good,
-        }
-    }
-
-    fn table(&mut self, level: usize) -> u64 {
-        // Sometimes one of another level, perhaps the same table.
-        let level = if self.random.percent(6) { 1 + self.random.below(4) as usize } else { level };
-        let (first, count) = LEVELS[level - 1];
-        first + 0x1000 * self.random.below(count)
-    }
-
-    fn target(&mut self, level: usize) -> u64 {
-        match level {
-            1 => {
-                let data = DATA + 0x1000 * self.random.below(DATA_PAGES);
-                let table = TABLES + 0x1000 * self.random.below(TABLE_BYTES >> 12);
-                let interrupts = *INTERRUPTS.start() + 0x1000 * self.random.below(0x100);
-                let nowhere = self.nowhere();
-                self.random.one(&[data, data, data, data, data, data, data, data, table, interrupts, nowhere])
-            }
-            2 => self.random.one(&[0x200_0000, 0x220_0000, 0x240_0000, RAM - 0x20_0000, RAM, 0xfee0_0000]),
-            _ => self.random.one(&[0, 0, 0, 1 << 30, 3 << 30]),
-        }
-    }
-
     fn step(&mut self) -> anyhow::Result<()> {
         match self.random.below(100) {
             0..=39 => self.access(None),
             40..=79 => {
-                let (device, iova) = (self.random.below(3) as usize, self.random.below(4));
-                let iova = self.hot[iova as usize];
+                let device = self.random.index(SOURCES.len());
+                let iova = self.random.one(&self.hot);
                 self.access(Some((device, iova)))?;
                 self.change(SOURCES[device], iova)?;
                 // It is told, or not.
@@ -293,7 +197,7 @@ impl Case<'_> {
                 self.access(Some((device, iova)))
             }
             80..=93 => {
-                let (source, iova) = (self.random.one(&SOURCES), self.iova());
+                let (source, iova) = (self.random.one(&SOURCES), self.random.iova());
                 self.tell(source, iova)
             }
             94..=96 => self.set_root(),
@@ -315,20 +219,20 @@ impl Case<'_> {
         match self.random.below(10) {
             0 => {
                 let at = TABLES + 0x1000 * self.random.below(2);
-                let entry = self.root_entry();
+                let entry = self.random.root_entry();
                 self.poke(at + 8, entry[1])?;
                 self.poke(at, entry[0])
             }
             1 | 2 => {
                 let at = CONTEXTS + 0x1000 * self.random.below(2) + u64::from(source) * 16;
-                let entry = self.context_entry();
+                let entry = self.random.context_entry();
                 self.poke(at + 8, entry[1])?;
                 self.poke(at, entry[0])
             }
             3 => {
-                let level = 1 + self.random.below(4) as usize;
+                let level = 1 + self.random.index(4);
                 let index = self.random.one(INDICES[level - 1]);
-                let (table, entry) = (self.table(level), self.entry(level));
+                let (table, entry) = (self.random.table(level), self.random.entry(level));
                 self.poke(table + index * 8, entry)
             }
             _ => {
@@ -337,7 +241,7 @@ impl Case<'_> {
                     return Ok(());
                 }
                 let (level, at) = self.random.one(&way);
-                let entry = self.entry(level as usize);
+                let entry = self.random.entry(level as usize);
                 if at + 8 > TABLES + TABLE_BYTES || at < TABLES {
                     return Ok(());
                 }
@@ -372,7 +276,7 @@ impl Case<'_> {
                 list.push([2 | kind << 4 | drain | did << 16, if kind == 3 { address } else { 0 }]);
             }
             if self.random.percent(6) {
-                let at = self.random.below(list.len() as u64 + 1) as usize;
+                let at = self.random.index(list.len() + 1);
                 let bad = self.malformed();
                 list.insert(at, bad);
             }
@@ -414,13 +318,18 @@ impl Case<'_> {
             4 => [2 | 3 << 4 | 1 << 16, 19 + self.random.below(40)],
             5 => [1 | 1 << 4, 1 << self.random.below(64)],
             6 => [2 | 1 << 4 | 1 << (32 + self.random.below(32)), 0],
-            _ => [5 | 1 << 5, STATUS | 1 + self.random.below(3)],
+            _ => [5 | 1 << 5, STATUS + 1 + self.random.below(3)],
         }
     }
 
     fn invalidated_contexts(&mut self, kind: u64, source: u16, mask: u64) {
         let memory = self.machine.memory.clone();
-        let mask = [!0, !4, !6, !7][mask as usize];
+        let mask = match mask {
+            0 => !0,
+            1 => !4,
+            2 => !6,
+            _ => !7,
+        };
         match kind {
             1 | 2 => self.model.forget_contexts(&*memory, 0, 0),
             3 => self.model.forget_contexts(&*memory, source, mask),
@@ -429,7 +338,7 @@ impl Case<'_> {
     }
 
     fn invalidated_pages(&mut self, kind: u64, did: u64, address: u64) {
-        let did = did as u16;
+        let did = half(did);
         match (kind, address & 0x3f) {
             (1, _) => self.model.forget_pages(None, (0, u64::MAX)),
             (2, _) => self.model.forget_pages(Some(did), (0, u64::MAX)),
@@ -445,7 +354,7 @@ impl Case<'_> {
     fn done(&mut self, [low, high]: [u64; 2]) {
         let kind = low >> 4 & 3;
         match low & 0xf {
-            1 => self.invalidated_contexts(kind, (low >> 32) as u16, low >> 48 & 3),
+            1 => self.invalidated_contexts(kind, half(low >> 32), low >> 48 & 3),
             2 => self.invalidated_pages(kind, low >> 16 & 0xffff, high),
             _ => {}
         }
@@ -508,7 +417,7 @@ impl Case<'_> {
     }
 
     fn set_root(&mut self) -> anyhow::Result<()> {
-        let elsewhere = self.nowhere();
+        let elsewhere = self.random.nowhere();
         let table = match self.random.below(20) {
             0 => elsewhere,
             1..=5 => TABLES + 0x1000,
@@ -536,22 +445,19 @@ impl Case<'_> {
 
     /// An access by a device to a page, or by any to any.
     fn access(&mut self, chosen: Option<(usize, u64)>) -> anyhow::Result<()> {
-        let mut device = chosen.map_or_else(|| self.random.below(3) as usize, |(device, _)| device);
+        let mut device = chosen.map_or_else(|| self.random.index(SOURCES.len()), |(device, _)| device);
         if let Some((source, ..)) = self.pending {
             // Of another one it would be recorded beside it, for which QEMU has no room.
             device = SOURCES.iter().position(|other| *other == source).unwrap_or(0);
         }
         let base = match chosen {
             Some((_, iova)) => iova,
-            None if self.random.percent(80) => {
-                let at = self.random.below(4);
-                self.hot[at as usize]
-            }
-            None => self.iova(),
+            None if self.random.percent(80) => self.random.one(&self.hot),
+            None => self.random.iova(),
         };
         let request = Request {
             source: SOURCES[device],
-            iova: base | self.random.below(512) * 8,
+            iova: base + self.random.below(512) * 8,
             is_write: device == 0 || self.random.percent(50),
         };
         let memory = self.machine.memory.clone();
@@ -591,7 +497,10 @@ impl Case<'_> {
                 Outcome::Blocked { .. } => 0,
             };
             let mut values: Vec<u64> = allowed.iter().map(value).collect();
-            if theirs.record.is_some() || denies || walks.iter().any(|walk| walk.page.is_some_and(|page| page.touches_interrupts())) {
+            if theirs.record.is_some()
+                || denies
+                || walks.iter().any(|walk| walk.page.is_some_and(|page| page.touches_interrupts()))
+            {
                 values.push(0);
             }
             self.reads.push(Read { device, values, line: line.clone() });
@@ -605,7 +514,10 @@ impl Case<'_> {
         };
         ensure!(fits(&ours, our_pending, false), "ours: {ours:x?}; QEMU: {theirs:x?}");
         if !fits(&theirs, their_pending, true) {
-            let new = their_pending.is_none_or(|pending| pending != theirs.record).then_some(theirs.record).flatten();
+            let new = their_pending
+                .is_none_or(|pending| pending != theirs.record)
+                .then_some(theirs.record)
+                .flatten();
             let reason = new.map(|(_, reason, _, _)| reason);
             let touches = |walk: &super::model::Walk| walk.page.is_some_and(|page| page.touches_interrupts());
             let deviation = match reason {
@@ -634,8 +546,18 @@ fn ours_is_clear(status: u32) -> bool {
     status & 1 << 4 == 0
 }
 
+fn half(word: u64) -> u16 {
+    u16::try_from(word & 0xffff).unwrap_or(0)
+}
+
 /// Whether what is seen of an access is that outcome.
-fn fits(seen: &Seen, outcome: Outcome, request: Request, pending: Option<Option<Record>>, is_theirs: bool) -> bool {
+fn fits(
+    seen: &Seen,
+    outcome: Outcome,
+    request: Request,
+    pending: Option<Option<Record>>,
+    is_theirs: bool,
+) -> bool {
     let record = match outcome {
         Outcome::Blocked { reason, is_quiet: false } => {
             Some((request.source, reason, request.iova & !0xfff, !request.is_write))

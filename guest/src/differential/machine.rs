@@ -92,7 +92,8 @@ impl Machine {
             &second,
         ];
         let qemu = Qtest::start(qemu, &arguments, log)?;
-        let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), RAM as usize)])?);
+        let memory =
+            Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), usize::try_from(RAM)?)])?);
         let (vtd, readers) = unit(&memory, true)?;
         let mut machine = Self { qemu, memory, vtd, readers, record_at: 0, invalidate_at: 0 };
         for (source, bar) in SOURCES.iter().zip(BARS) {
@@ -141,7 +142,8 @@ impl Machine {
     }
 
     pub(super) fn write64(&mut self, at: u64, value: u64) -> anyhow::Result<()> {
-        let theirs = if at >= r::INVALIDATE_ADDRESS { at - r::INVALIDATE_ADDRESS + self.invalidate_at } else { at };
+        let theirs =
+            if at >= r::INVALIDATE_ADDRESS { at - r::INVALIDATE_ADDRESS + self.invalidate_at } else { at };
         self.qemu.tell(format_args!("writeq {:#x} {value:#x}", UNIT + theirs));
         self.vtd.write(at, &value.to_le_bytes());
         Ok(self.vtd.wait(Duration::from_secs(5))?)
@@ -149,7 +151,8 @@ impl Machine {
 
     /// Reads a register of both: QEMU's first.
     pub(super) fn read64(&mut self, at: u64) -> anyhow::Result<(u64, u64)> {
-        let theirs = if at >= r::INVALIDATE_ADDRESS { at - r::INVALIDATE_ADDRESS + self.invalidate_at } else { at };
+        let theirs =
+            if at >= r::INVALIDATE_ADDRESS { at - r::INVALIDATE_ADDRESS + self.invalidate_at } else { at };
         let answer = self.qemu.tell(format_args!("readq {:#x}", UNIT + theirs));
         let theirs = number(&self.qemu.answers()?, answer)?;
         Ok((theirs, self.ours(at)))

@@ -5,6 +5,7 @@ mod machine;
 mod model;
 mod qtest;
 mod random;
+mod tables;
 
 use std::{path::Path, time::Instant};
 

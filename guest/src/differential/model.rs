@@ -137,7 +137,12 @@ impl Model {
             return blocked(3);
         }
         match low >> 2 & 3 {
-            0 => Context::Paging { did: (high >> 8) as u16, root: low & ADDRESS, levels, is_quiet },
+            0 => Context::Paging {
+                did: u16::try_from(high >> 8 & 0xffff).unwrap_or(0),
+                root: low & ADDRESS,
+                levels,
+                is_quiet,
+            },
             2 => Context::Pass,
             _ => blocked(3),
         }
@@ -213,8 +218,7 @@ impl Model {
     fn kept(&self, contexts: &[Context], request: Request) -> Vec<Page> {
         let is_of = |kept: &&Kept| {
             let same = |context: &Context| matches!(context, Context::Paging { did, root, .. } if (*did, *root) == (kept.did, kept.root));
-            kept.page.has(request.iova)
-                && (kept.source == request.source || contexts.iter().any(same))
+            kept.page.has(request.iova) && (kept.source == request.source || contexts.iter().any(same))
         };
         self.pages.iter().filter(is_of).map(|kept| kept.page).collect()
     }
@@ -302,7 +306,7 @@ fn walk(memory: &impl Words, root: u64, levels: u32, is_quiet: bool, request: Re
         found.has_all_ones |= raw == u64::MAX;
         access &= raw;
         if raw & request.need() == 0 {
-            reason = reason.or(Some(request.denied()));
+            reason = reason.or_else(|| Some(request.denied()));
         }
         if raw & (READ | WRITE) == 0 {
             break;

@@ -31,8 +31,19 @@ impl Qtest {
     /// If it does not start.
     pub(super) fn start(qemu: &Qemu, arguments: &[&str], log: &Path) -> anyhow::Result<Self> {
         let mut command = qemu.command();
-        command.args(["-M", "q35,sata=off,smbus=off,hpet=off", "-accel", "qtest", "-qtest", "stdio", "-qtest-log", "none"]);
+        command.args([
+            "-M",
+            "q35,sata=off,smbus=off,hpet=off",
+            "-accel",
+            "qtest",
+            "-qtest",
+            "stdio",
+            "-qtest-log",
+            "none",
+        ]);
         command.args(["-display", "none", "-nodefaults", "-monitor", "none"]).args(arguments);
+        // It makes its maps of memory anew whenever translation is switched: the heap is not to come and go with them.
+        command.envs([("MALLOC_ARENA_MAX", "1"), ("MALLOC_TRIM_THRESHOLD_", "268435456")]);
         let log = File::create(log).context("QEMU's log")?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
         let mut child = command.spawn().context("QEMU does not start")?;

@@ -20,12 +20,17 @@ impl Random {
         self.next() % end
     }
 
+    /// An index below `end`.
+    pub(super) fn index(&mut self, end: usize) -> usize {
+        usize::try_from(self.below(end as u64)).unwrap_or(0)
+    }
+
     /// So many times of a hundred.
     pub(super) fn percent(&mut self, share: u64) -> bool {
         self.below(100) < share
     }
 
     pub(super) fn one<T: Copy>(&mut self, of: &[T]) -> T {
-        of[usize::try_from(self.below(of.len() as u64)).unwrap_or(0)]
+        of[self.index(of.len())]
     }
 }
