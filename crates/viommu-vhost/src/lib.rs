@@ -2,7 +2,10 @@
 //!
 //! [`software`] is a device IOTLB without a kernel: the same rules and capacity. It is a test double for a vhost
 //! back-end, and an oracle for what its device could reach.
-#![forbid(unsafe_code)]
+//!
+//! [`spec`] has the layouts of the messages.
+#![deny(unsafe_code)]
 #![deny(missing_docs)]
 
 pub mod software;
+pub mod spec;

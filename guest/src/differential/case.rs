@@ -241,7 +241,7 @@ impl Case<'_> {
                     return Ok(());
                 }
                 let (level, at) = self.random.one(&way);
-                let entry = self.random.entry(level as usize);
+                let entry = self.random.entry(usize::try_from(level)?);
                 if at + 8 > TABLES + TABLE_BYTES || at < TABLES {
                     return Ok(());
                 }
@@ -382,7 +382,7 @@ impl Case<'_> {
                 theirs == ours && what(their_status) == what(our_status),
                 "queue: QEMU's head {theirs:#x} and fault status {their_status:#x}, ours {ours:#x} and {our_status:#x}"
             );
-            let stopped = (theirs.wrapping_sub(begin) % 4096 / 16) as usize;
+            let stopped = usize::try_from(theirs.wrapping_sub(begin) % 4096 / 16)?;
             for descriptor in &list[next..stopped] {
                 self.done(*descriptor);
             }
