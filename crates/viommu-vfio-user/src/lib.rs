@@ -1,9 +1,12 @@
-//! A vfio-user server: PCI functions of this process in somebody else's virtual machine.
+//! vfio-user, both ends: PCI functions of this process in somebody else's virtual machine, and devices of other processes
+//! that reach what the guest mapped.
 //!
 //! A virtual machine monitor that speaks [vfio-user] (QEMU since 10.1) takes a PCI function from a socket. This crate is
 //! the other end of that socket: it serves any [`Function`], and has one, [`VirtioFunction`], that puts a virtio
 //! [`Device`] behind the modern virtio-pci transport. An IOMMU model is served that way, and so are the devices behind
 //! it: the monitor stays as it is, and the guest uses its stock drivers.
+//!
+//! The end that takes devices is [`client`], a feature (on by default).
 //!
 //! - [`Server`] has the socket, its one client, and the protocol.
 //! - [`Windows`] is the guest memory that the client gives: descriptors, mapped here, for as long as the client says.
@@ -25,7 +28,8 @@
 //!
 //! # Why not the `vfio_user` crate
 //! Its server has no DMA_WRITE (which is how a function without MSI-X sends an MSI), no GET_REGION_IO_FDS, and cannot
-//! refuse a second client or be stopped. Its client is what this crate's tests use as a peer.
+//! refuse a second client or be stopped. Its client cannot map without write access or without a file, and answers no
+//! DMA of the server's. Both are what this crate's tests use as peers.
 //!
 //! Not done: MSI (only MSI-X and the pin), migration, access to memory without a descriptor by messages.
 //!
@@ -37,6 +41,8 @@
     warn(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)
 )]
 
+#[cfg(feature = "client")]
+pub mod client;
 mod function;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
@@ -51,6 +57,7 @@ mod function;
 pub mod fuzzing;
 mod log;
 pub mod memory;
+mod message;
 pub mod pci;
 mod server;
 pub mod spec;

@@ -150,7 +150,7 @@ pub struct RegionInfo {
     pub cap_offset: U32,
     /// Bytes of the region.
     pub size: U64,
-    /// For mmap of the region: none of ours has any.
+    /// Where it begins in its file, for mmap.
     pub offset: U64,
 }
 
@@ -162,7 +162,46 @@ bitflags! {
         const READ = 1;
         /// REGION_WRITE.
         const WRITE = 1 << 1;
+        /// Its file, or areas of it, can be mapped.
+        const MMAP = 1 << 2;
+        /// Capabilities follow.
+        const CAPS = 1 << 3;
     }
+}
+
+/// Before each capability of a [`RegionInfo`], as VFIO has them.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct CapHeader {
+    /// Which capability: see [`CAP_SPARSE_MMAP`].
+    pub id: U16,
+    /// Its version.
+    pub version: U16,
+    /// Where the next one starts in the payload; 0 for none.
+    pub next: U32,
+}
+
+/// The capability that names the areas of a region that can be mapped.
+pub const CAP_SPARSE_MMAP: u16 = 1;
+
+/// Behind the header of [`CAP_SPARSE_MMAP`]; so many [`SparseArea`]s follow.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct SparseMmap {
+    /// How many.
+    pub areas: U32,
+    /// Zero.
+    pub reserved: U32,
+}
+
+/// An area of a region that can be mapped.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct SparseArea {
+    /// Where in the region.
+    pub offset: U64,
+    /// Bytes.
+    pub size: U64,
 }
 
 /// DEVICE_GET_REGION_IO_FDS, both ways; the reply has [`IoFd`]s behind it.
@@ -328,6 +367,9 @@ const _: () = {
     assert!(size_of::<DmaUnmap>() == 24);
     assert!(size_of::<DeviceInfo>() == 16);
     assert!(size_of::<RegionInfo>() == 32);
+    assert!(size_of::<CapHeader>() == 8);
+    assert!(size_of::<SparseMmap>() == 8);
+    assert!(size_of::<SparseArea>() == 16);
     assert!(size_of::<IoFds>() == 16);
     assert!(size_of::<IoFd>() == 40);
     assert!(size_of::<IrqInfo>() == 16);

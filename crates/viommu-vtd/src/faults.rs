@@ -86,10 +86,11 @@ impl Event {
 /// The fault registers.
 pub(crate) struct Registers {
     /// All but PENDING, which the records say.
-    status: FaultStatus,
+    pub(crate) status: FaultStatus,
     pub(crate) event: Event,
-    records: [[u64; 2]; RECORDS],
-    next: usize,
+    pub(crate) records: [[u64; 2]; RECORDS],
+    /// Where the next fault goes.
+    pub(crate) next: usize,
 }
 
 impl Default for Registers {
@@ -113,7 +114,7 @@ impl Registers {
         status.bits() | first.and_then(|at| u32::try_from(at).ok()).unwrap_or(0) << 8
     }
 
-    fn is_quiet(&self) -> bool {
+    pub(crate) fn is_quiet(&self) -> bool {
         self.status.is_empty() && self.first_pending().is_none()
     }
 

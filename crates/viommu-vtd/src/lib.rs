@@ -43,4 +43,7 @@ mod unit;
 
 pub use faults::{Msi, RecentFault};
 pub use metrics::Metrics;
-pub use unit::{Config, ConfigError, Progress, Reset, Stage, TableView, Vtd, Width};
+pub use unit::{
+    Config, ConfigError, Progress, Reset, RestoreError, STATE_VERSION, SaveError, Saved, SavedEvent,
+    SavedFaults, SavedRegisters, Stage, TableView, Vtd, Width,
+};

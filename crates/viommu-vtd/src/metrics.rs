@@ -48,6 +48,8 @@ counters! {
     syncs_cut,
     /// Comparisons in which a cap kept something out of the record.
     syncs_capped,
+    /// Comparisons that the record refused for another reason.
+    syncs_failed,
     /// Walks for devices: what the IOTLB did not have.
     walks,
     /// Endpoints that could not be brought to what their context entry says, and are blocked.

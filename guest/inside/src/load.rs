@@ -109,21 +109,32 @@ impl Worker<'_> {
             for number in [number, self.pattern.block_of(1 + write / 2)] {
                 self.check(number, &mut block, totals)?;
             }
-            if write % FLUSH == 0 {
-                match self.file.sync_data() {
-                    Ok(()) => {
-                        totals.flushes.fetch_add(1, Ordering::Relaxed);
-                        // The host looks for the last of these lines.
-                        if told.elapsed() > Duration::from_millis(50) {
-                            println!("@@FLUSHED {} {} {write}", self.name, self.thread);
-                            told = Instant::now();
-                        }
-                    }
-                    Err(error) => self.refused(&error, totals)?,
-                }
+            if write % FLUSH == 0 && self.flush(totals)? && told.elapsed() > Duration::from_millis(50) {
+                // The host looks for the last of these lines.
+                self.tell(write);
+                told = Instant::now();
             }
         }
+        // However few there were in the time, the host can look at them.
+        if self.flush(totals)? {
+            self.tell(write);
+        }
         Ok(())
+    }
+
+    /// Whether the disk did it.
+    fn flush(&self, totals: &Totals) -> Result<bool, String> {
+        match self.file.sync_data() {
+            Ok(()) => {
+                totals.flushes.fetch_add(1, Ordering::Relaxed);
+                Ok(true)
+            }
+            Err(error) => self.refused(&error, totals).map(|()| false),
+        }
+    }
+
+    fn tell(&self, write: u64) {
+        println!("@@FLUSHED {} {} {write}", self.name, self.thread);
     }
 
     fn check(&self, number: u64, block: &mut Block, totals: &Totals) -> Result<(), String> {

@@ -20,8 +20,9 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::function::{Doorbell, Function, Region};
 use crate::memory::{PAGE, WindowLimits, Windows};
+use crate::message;
 use crate::server::session::{Outcome, Session};
-use crate::server::{Link, clean, exchange, message};
+use crate::server::{Link, clean, exchange};
 use crate::spec::{
     Command, DmaMap, DmaUnmap, HEADER, Header, IrqAction, IrqSet, MessageFlags, MultiWrite, RegionAccess,
     Version, irq,

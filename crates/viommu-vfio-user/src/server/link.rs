@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use zerocopy::IntoBytes;
 
-use super::message;
 use super::version::MAX_TRANSFER;
+use crate::message;
 use crate::spec::{Command, DmaAccess, Header, MessageFlags};
 
 /// Sends to the client from any thread: messages are never mixed. A handle: clones are the same link.
@@ -22,6 +22,18 @@ struct Inner {
     client: Mutex<Client>,
     /// Held while a message is sent.
     sending: Mutex<Sending>,
+}
+
+/// The stream to a client that is not spoken with any more.
+pub(crate) struct Withdrawn(Option<Arc<UnixStream>>);
+
+impl Drop for Withdrawn {
+    fn drop(&mut self) {
+        if let Some(stream) = &self.0 {
+            // Somebody may be in the middle of sending. A connection that has ended already is what is wanted.
+            let _ended = stream.shutdown(Shutdown::Both);
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -55,9 +67,9 @@ impl Link {
         client.stream = Some(Arc::new(stream));
     }
 
-    pub(crate) fn disconnect(&self) {
-        self.hang_up();
-        self.client().stream = None;
+    /// Nothing is sent to the client any more. The connection ends when what this returns is dropped.
+    pub(crate) fn withdraw(&self) -> Withdrawn {
+        Withdrawn(self.client().stream.take())
     }
 
     /// Ends the connection, from any thread: who reads from it finds its end, and who waits to write does not any more.
@@ -154,7 +166,7 @@ mod tests {
         link.hang_up();
         writer.join().unwrap();
         assert!(link.is_connected());
-        link.disconnect();
+        drop(link.withdraw());
         assert!(!link.is_connected());
     }
 
@@ -181,7 +193,7 @@ mod tests {
         let error = link.dma_write(0, &vec![0; MAX_TRANSFER + 1]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
         link.dma_write(0, &[]).unwrap();
-        link.disconnect();
+        drop(link.withdraw());
         let mut all = Vec::new();
         assert_eq!(theirs.read_to_end(&mut all).unwrap(), 32);
         assert_eq!(link.clients(), 1);

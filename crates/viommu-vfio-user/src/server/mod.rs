@@ -3,7 +3,6 @@
 mod interrupts;
 mod link;
 mod listener;
-pub(crate) mod message;
 pub(crate) mod session;
 mod version;
 
@@ -20,11 +19,14 @@ use rustix::io::Errno;
 
 use crate::function::Function;
 use crate::memory::WindowLimits;
+use crate::message;
 use session::{Outcome, Session};
 
 pub use interrupts::Interrupts;
 pub use link::Link;
 pub use listener::{BindError, PrivateListener};
+#[cfg(feature = "client")]
+pub(crate) use version::MAX_TRANSFER;
 
 /// How long a message that has begun may take, and a client may take to read a reply, before it is given up.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -268,13 +270,15 @@ pub(crate) fn exchange(
     }
 }
 
-/// After a client: nothing of it is left.
+/// After a client: nothing of it is left. Our end of the connection closes last: to a client that waits for it, it says that
+/// none of its memory is used any more.
 pub(crate) fn clean(function: &mut impl Function, link: &Link) {
-    link.disconnect();
+    let stream = link.withdraw();
     function.disconnected();
     function.interrupts().clear();
     let windows = function.windows().clone();
     windows.clear(|window| function.unmapped(window));
+    drop(stream);
 }
 
 /// Descriptors that can be read.

@@ -8,10 +8,10 @@ use rustix::io::Errno;
 use zerocopy::native_endian::U64;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::message::Received;
 use super::version::{self, ClientCapabilities, MAX_TRANSFER};
 use crate::function::{Function, Region};
 use crate::memory::WindowError;
+use crate::message::Received;
 use crate::spec::{
     Command, DeviceInfo, DmaMap, DmaUnmap, HEADER, Header, IoFd, IoFds, IrqAction, IrqInfo, IrqSet,
     MessageFlags, MultiWrite, RegionAccess, RegionFlags, RegionInfo, UNMAP_ALL, irq, region,

@@ -4,7 +4,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::message::MAX_FDS;
+use crate::message::MAX_FDS;
 use crate::spec::Version;
 
 /// Bytes of data in one message that we take and send at most.

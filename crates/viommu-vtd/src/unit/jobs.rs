@@ -98,6 +98,13 @@ impl Jobs {
     }
 }
 
+impl Jobs {
+    /// How many answers are still due.
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
 impl Control {
     /// Something has been done that is perhaps not over.
     pub(crate) fn done(&mut self, completion: Completion) {
@@ -152,6 +159,22 @@ impl Inner {
             }
         }
         Progress::More
+    }
+
+    /// Does all tasks, however many, and those that come of them. No descriptors are fetched, and nobody is answered.
+    pub(super) fn run_all(&self, control: &mut Control, tasks: impl IntoIterator<Item = Task>) -> Completion {
+        let mut done = Completion::ready();
+        control.jobs.push(tasks, After::Silence);
+        loop {
+            for number in self.wants.take_fresh() {
+                control.jobs.compare(number, IovaRange::ALL);
+            }
+            let Some(job) = control.jobs.0.front_mut() else { return done };
+            match job.tasks.pop_front() {
+                Some(task) => self.run(control, task, &mut done),
+                None => drop(control.jobs.0.pop_front()),
+            }
+        }
     }
 
     fn finish(&self, control: &mut Control, after: After) {
@@ -271,6 +294,7 @@ impl Inner {
                         log::trouble("the guest's tables have more than the record may", &error.kind);
                     }
                     kind => {
+                        bump(&counters.syncs_failed);
                         log::trouble("a comparison with the guest's tables failed", &kind);
                         return;
                     }

@@ -5,6 +5,7 @@ mod jobs;
 mod queue;
 mod registers;
 mod report;
+mod state;
 mod views;
 
 use core::task::{Context as TaskContext, Poll};
@@ -32,6 +33,7 @@ use domains::Domains;
 use jobs::Jobs;
 use registers::Registers;
 pub use report::TableView;
+pub use state::{RestoreError, STATE_VERSION, SaveError, Saved, SavedEvent, SavedFaults, SavedRegisters};
 pub(crate) use views::Member;
 
 /// Widths of the addresses that a guest's tables resolve.
@@ -443,36 +445,7 @@ impl Vtd {
     /// The machine is reset: registers are what they were at first, and translation is off. The devices behind are to be
     /// stopped before.
     pub fn reset(&self) -> Reset {
-        let mut control = self.lock();
-        control.registers = Registers::default();
-        self.0.faults.with(|registers| *registers = Default::default());
-        self.0.shared.root_table.store(0, core::sync::atomic::Ordering::Release);
-        control.jobs = Jobs::default();
-        for member in control.members.values_mut() {
-            member.attached = None;
-            if let Some(walker) = &member.walker {
-                walker.forget();
-            }
-        }
-        control.domains = Domains::default();
-        let mut reset = match self.0.iommu.reset(ResetKind::System) {
-            Ok(viommu::Reset { completion, inside }) => Reset { completion, inside, refused: None },
-            Err(error) => {
-                log::trouble("an endpoint is blocked after the reset", &error.kind);
-                Reset { completion: error.completion, inside: Vec::new(), refused: Some(error.kind) }
-            }
-        };
-        if let Some(pending) = control.pending.replace(Completion::ready()) {
-            reset.completion.merge(pending);
-        }
-        // The core has destroyed them all.
-        let ids: Vec<_> = control.members.keys().copied().collect();
-        for id in ids {
-            if let Err(kind) = self.0.join(&mut control, id) {
-                log::trouble("an endpoint has no domain after the reset", &kind);
-            }
-        }
-        reset
+        self.0.reset(&mut self.lock())
     }
 
     /// Whether the driver has switched translation on.
@@ -485,5 +458,39 @@ impl Vtd {
     #[must_use]
     pub fn metrics(&self) -> Metrics {
         self.0.shared.counters.snapshot()
+    }
+}
+
+impl Inner {
+    fn reset(&self, control: &mut Control) -> Reset {
+        control.registers = Registers::default();
+        self.faults.with(|registers| *registers = Default::default());
+        self.shared.root_table.store(0, core::sync::atomic::Ordering::Release);
+        control.jobs = Jobs::default();
+        for member in control.members.values_mut() {
+            member.attached = None;
+            if let Some(walker) = &member.walker {
+                walker.forget();
+            }
+        }
+        control.domains = Domains::default();
+        let mut reset = match self.iommu.reset(ResetKind::System) {
+            Ok(viommu::Reset { completion, inside }) => Reset { completion, inside, refused: None },
+            Err(error) => {
+                log::trouble("an endpoint is blocked after the reset", &error.kind);
+                Reset { completion: error.completion, inside: Vec::new(), refused: Some(error.kind) }
+            }
+        };
+        if let Some(pending) = control.pending.replace(Completion::ready()) {
+            reset.completion.merge(pending);
+        }
+        // The core has destroyed them all.
+        let ids: Vec<_> = control.members.keys().copied().collect();
+        for id in ids {
+            if let Err(kind) = self.join(control, id) {
+                log::trouble("an endpoint has no domain after the reset", &kind);
+            }
+        }
+        reset
     }
 }

@@ -28,21 +28,21 @@ pub(crate) enum Pending {
 /// What the registers hold, but for those of faults.
 #[derive(Debug)]
 pub(crate) struct Registers {
-    status: Global,
+    pub(super) status: Global,
     /// What the status will be when all commands are done.
-    wanted: Global,
+    pub(super) wanted: Global,
     /// A command that came while another was under way.
-    command: Option<u32>,
-    busy: bool,
-    root_table: u64,
-    context_command: u64,
-    invalidate_address: u64,
-    iotlb_command: u64,
-    queue_address: u64,
-    head: u64,
-    tail: u64,
-    wait_status: u32,
-    wait_event: Event,
+    pub(super) command: Option<u32>,
+    pub(super) busy: bool,
+    pub(super) root_table: u64,
+    pub(super) context_command: u64,
+    pub(super) invalidate_address: u64,
+    pub(super) iotlb_command: u64,
+    pub(super) queue_address: u64,
+    pub(super) head: u64,
+    pub(super) tail: u64,
+    pub(super) wait_status: u32,
+    pub(super) wait_event: Event,
 }
 
 impl Default for Registers {
@@ -144,7 +144,7 @@ impl Registers {
 
 impl Config {
     /// CAP.
-    fn capability(&self) -> u64 {
+    pub(super) fn capability(&self) -> u64 {
         use crate::spec::register::capability as c;
         let (widths, bits): (u64, u64) = match self.width {
             Width::Bits39 => (0b010, 39),
@@ -173,7 +173,7 @@ impl Config {
     }
 
     /// ECAP.
-    fn extended_capability(&self) -> u64 {
+    pub(super) fn extended_capability(&self) -> u64 {
         use crate::spec::register::extended as e;
         let pass = if self.pass_through { e::PASS_THROUGH } else { 0 };
         let device_tlb = if self.device_tlb { e::DEVICE_TLB } else { 0 };

@@ -12,4 +12,5 @@ mod report;
 mod rig;
 mod scalable;
 mod scalable_faults;
+mod state;
 mod weaknesses;

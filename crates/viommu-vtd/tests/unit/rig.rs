@@ -8,7 +8,11 @@ use viommu::subscribe::{Interest, Reach};
 use viommu::{Access, Endpoint, Fault, Iommu, Iova, Mapping, Reader, Subscription};
 use viommu_vtd::spec::register as r;
 use viommu_vtd::{Config, Msi, Progress, Stage, Vtd};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+/// Memory that knows what has been written.
+pub(crate) type Ram = GuestMemoryMmap<AtomicBitmap>;
 
 pub(crate) const RAM: u64 = 64 << 20;
 pub(crate) const ROOT: u64 = 0x10_0000;
@@ -28,7 +32,7 @@ pub(crate) const FIRST_RW: u64 = 7;
 pub(crate) const FIRST_READ: u64 = 5;
 
 pub(crate) struct Rig {
-    pub(crate) memory: Arc<GuestMemoryMmap<()>>,
+    pub(crate) memory: Arc<Ram>,
     pub(crate) vtd: Vtd,
     pub(crate) interrupts: Arc<Mutex<Vec<Msi>>>,
     next: u64,
@@ -45,7 +49,11 @@ impl Rig {
 
     pub(crate) fn with(config: Config, builder: viommu::Builder) -> Self {
         let ranges = [(GuestAddress(0), RAM as usize)];
-        let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap());
+        Self::on(Arc::new(Ram::from_ranges(&ranges).unwrap()), config, builder)
+    }
+
+    /// A unit that has not been started, in memory that is there.
+    pub(crate) fn on(memory: Arc<Ram>, config: Config, builder: viommu::Builder) -> Self {
         let vtd = Vtd::new(builder, memory.clone(), config).unwrap();
         let interrupts = Arc::new(Mutex::new(Vec::new()));
         let sent = interrupts.clone();
@@ -56,6 +64,13 @@ impl Rig {
             viommu_vtd::Width::Bits57 => 5,
         };
         Self { memory, vtd, interrupts, next: TABLES, waits: 0, levels, stage: config.scalable }
+    }
+
+    /// Another unit, with nothing behind it, for the driver that has used this one, in the same memory.
+    pub(crate) fn successor(&self, builder: viommu::Builder) -> Self {
+        let mut rig = Self::on(self.memory.clone(), *self.vtd.config(), builder);
+        (rig.next, rig.waits, rig.stage) = (self.next, self.waits, self.stage);
+        rig
     }
 
     /// A unit that translates, with `DEVICE` behind it and no context entries.
@@ -134,6 +149,15 @@ impl Rig {
 
     pub(crate) fn peek(&self, at: u64) -> u64 {
         self.memory.read_obj(GuestAddress(at)).unwrap()
+    }
+
+    /// Pages that have been written since this was asked last.
+    pub(crate) fn written(&self) -> Vec<u64> {
+        let region = self.memory.find_region(GuestAddress(0)).unwrap();
+        let bitmap: &AtomicBitmap = std::ops::Deref::deref(region).bitmap();
+        let pages = (0..RAM).step_by(4096).filter(|at| bitmap.is_addr_set(*at as usize)).collect();
+        bitmap.reset();
+        pages
     }
 
     /// A fresh, empty table.

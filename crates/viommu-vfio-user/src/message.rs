@@ -14,7 +14,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::spec::{HEADER, Header};
 
-/// Descriptors that come with one message at most; a client is told so.
+/// Descriptors that come with one message at most; the other end is told so.
 pub(crate) const MAX_FDS: usize = 16;
 
 /// Why nothing can be read any more.
@@ -24,7 +24,7 @@ pub(crate) enum ReceiveError {
     Size(u32),
     #[error("more than {MAX_FDS} descriptors with a message")]
     TooManyFds,
-    #[error("the client went away in the middle of a message")]
+    #[error("the other end went away in the middle of a message")]
     CutOff,
     #[error("the rest of a message did not come")]
     Late,
@@ -49,7 +49,7 @@ pub(crate) struct Received {
     pub(crate) fds: Vec<OwnedFd>,
 }
 
-/// Reads one message, its payload into `payload`. `None`: the client has closed the connection. A message that does not
+/// Reads one message, its payload into `payload`. `None`: the other end has closed the connection. A message that does not
 /// come for as long as the socket's receive time-out says, or is not there after `patience`, is late.
 pub(crate) fn receive(
     socket: impl AsFd,
