@@ -9,7 +9,8 @@
 //!
 //! # Features
 //! - `kernel` (on by default, Linux only): the module of that name, with vm-memory.
-//! - `tracing` (on by default): what devices ask and are refused.
+//! - `user` (on by default): vhost-user, both ends.
+//! - `tracing` (on by default): what the kernel's devices ask and are refused.
 #![deny(unsafe_code)]
 #![deny(missing_docs)]
 
@@ -19,3 +20,5 @@ pub mod kernel;
 mod log;
 pub mod software;
 pub mod spec;
+#[cfg(feature = "user")]
+pub mod user;
