@@ -238,7 +238,7 @@ impl Unit {
                 sub.forsake(id);
                 if sub.serves_nobody() {
                     let seats = leave_one(domain, sub.id(), done);
-                    done.let_go(seats.mirrors);
+                    done.let_go(seats);
                 }
             }
         }
@@ -300,7 +300,7 @@ impl Unit {
             sub.forsake(id);
             if sub.serves_nobody() {
                 let seats = leave_one(domain, sub.id(), done);
-                done.let_go(seats.mirrors);
+                done.let_go(seats);
             }
         };
         let ack = match outcome {
