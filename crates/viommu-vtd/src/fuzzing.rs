@@ -367,7 +367,8 @@ impl World {
         let iova = self.iova(input) | u64::from(input.byte());
         let write = input.byte() & 1 == 1;
         let access = if write { Access::WRITE } else { Access::READ };
-        let at = wanted.map_or(usize::from(input.byte()) % self.members.len().max(1), |(at, _)| at);
+        let any = usize::from(input.byte()) % self.members.len().max(1);
+        let at = wanted.map_or(any, |(at, _)| at);
         let Some(member) = self.members.get_mut(at) else { return };
         let reached = member.reader.enter().translate(Iova(iova), access).ok().map(|hit| hit.gpa.0);
         let Some((_, pages)) = wanted.filter(|_| !member.endpoint.is_fenced()) else { return };
