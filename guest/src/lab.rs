@@ -27,6 +27,8 @@ const AT_A_TIME: usize = 2;
 pub(crate) struct Lab {
     pub(crate) parts: Parts,
     pub(crate) viommu: PathBuf,
+    /// The disk that is a vhost-user back end.
+    pub(crate) vhost_user_blk: PathBuf,
     /// Longer runs under load.
     pub(crate) full: bool,
     folder: PathBuf,
@@ -141,7 +143,8 @@ pub(crate) fn open(options: &Options) -> anyhow::Result<(Lab, File)> {
         .iter()
         .map(|kernel| initramfs::make(kernel, &parts.busybox, &options.inside, &cases::SCRIPTS, &folder))
         .collect::<anyhow::Result<_>>()?;
-    let lab = Lab { parts, viommu: options.viommu.clone(), full: options.full, folder, initramfs };
+    let (viommu, vhost_user_blk) = (options.viommu.clone(), options.vhost_user_blk.clone());
+    let lab = Lab { parts, viommu, vhost_user_blk, full: options.full, folder, initramfs };
     Ok((lab, alone))
 }
 
