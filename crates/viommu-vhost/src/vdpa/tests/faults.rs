@@ -180,7 +180,8 @@ fn an_addition_whose_undo_fails_too_cuts_the_device_off() {
 
 #[test]
 fn a_fence_that_fails_never_lets_the_removal_complete() {
-    let fails: [(fn(&Rig), &str); 2] = [
+    type Plan = (fn(&Rig), &'static str);
+    let fails: [Plan; 2] = [
         (|rig| rig.fake.fail(RESET, 0, Errno::IO), "VHOST_VDPA_SET_STATUS"),
         (|rig| rig.fake.lock().status = 0x40, "after a reset the status is 0x40"),
     ];
