@@ -45,7 +45,7 @@ impl Lab {
     ///
     /// If there is no such kernel, or the folders cannot be made.
     pub(crate) fn run(&self, name: &str, index: usize, iommu: Iommu) -> anyhow::Result<Run<'_>> {
-        let kernel = self.parts.kernels.get(index).context("no such kernel")?;
+        let kernel = self.kernels().nth(index).context("no such kernel")?;
         let initramfs = self.initramfs.get(index).context("a kernel without its initramfs")?;
         let folder = self.folder.join("runs").join(name);
         emptied(&folder)?;
@@ -53,9 +53,20 @@ impl Lab {
         Ok(Run { lab: self, kernel, iommu, initramfs, folder, sockets })
     }
 
+    /// All kernels: Debian's, then the one that is built here, if it has been.
+    fn kernels(&self) -> impl Iterator<Item = &Kernel> {
+        self.parts.kernels.iter().chain(&self.parts.own)
+    }
+
+    /// The kernels that a case runs on, by their number.
+    fn kernels_of(&self, case: &cases::Case) -> std::ops::Range<usize> {
+        let debian = self.parts.kernels.len();
+        if case.own_kernel { debian..self.kernels().count() } else { 0..debian }
+    }
+
     /// The kernels, for a reader.
     pub(crate) fn releases(&self) -> String {
-        let names: Vec<&str> = self.parts.kernels.iter().map(|kernel| kernel.release.as_str()).collect();
+        let names: Vec<&str> = self.kernels().map(|kernel| kernel.release.as_str()).collect();
         names.join(" and ")
     }
 }
@@ -143,6 +154,7 @@ pub(crate) fn open(options: &Options) -> anyhow::Result<(Lab, File)> {
     let initramfs = parts
         .kernels
         .iter()
+        .chain(&parts.own)
         .map(|kernel| initramfs::make(kernel, &parts.busybox, &options.inside, &cases::SCRIPTS, &folder))
         .collect::<anyhow::Result<_>>()?;
     let lab = Lab {
@@ -155,6 +167,18 @@ pub(crate) fn open(options: &Options) -> anyhow::Result<(Lab, File)> {
         initramfs,
     };
     Ok((lab, alone))
+}
+
+/// Builds the kernel that Debian does not ship, unless it is there.
+///
+/// # Errors
+///
+/// If that cannot be done.
+pub(crate) fn build_kernel(options: &Options) -> anyhow::Result<()> {
+    fs::create_dir_all(&options.folder).with_context(|| options.folder.display().to_string())?;
+    let folder = options.folder.canonicalize()?;
+    let _alone = alone(&folder)?;
+    setup::build_kernel(&folder)
 }
 
 /// Runs what the options choose; whether all passed.
@@ -170,20 +194,30 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
     let (lab, _alone) = open(options)?;
     let chosen = |kernel: &&Kernel| {
         options.kernel.is_empty()
-            || options.kernel.iter().any(|name| kernel.release.starts_with(name.as_str()))
+            || options
+                .kernel
+                .iter()
+                .any(|name| kernel.release.starts_with(name.as_str()) || kernel.name == *name)
     };
-    if !lab.parts.kernels.iter().any(|kernel| chosen(&kernel)) {
+    if !lab.kernels().any(|kernel| chosen(&kernel)) {
         bail!("no such kernel; there are {}", lab.releases());
     }
 
-    let runs: VecDeque<(&cases::Case, usize)> = cases::CASES
+    let wanted: Vec<&cases::Case> = cases::CASES
         .iter()
         .filter(|case| match &options.case[..] {
             [] => options.full || !case.full,
             names => names.iter().any(|name| name == case.name),
         })
+        .collect();
+    for case in wanted.iter().filter(|case| lab.kernels_of(case).is_empty()) {
+        println!("{:<16}SKIPPED: cargo xtask guest-kernel builds the kernel for it", case.name);
+    }
+    let kernels: Vec<&Kernel> = lab.kernels().collect();
+    let runs: VecDeque<(&cases::Case, usize)> = wanted
+        .into_iter()
         .flat_map(|case| {
-            let kernels = (0..lab.parts.kernels.len()).filter(|at| chosen(&&lab.parts.kernels[*at]));
+            let kernels = lab.kernels_of(case).filter(|at| kernels.get(*at).is_some_and(chosen));
             // Which kernel is not asked where none runs.
             kernels.take(if case.has_guest { usize::MAX } else { 1 }).map(move |kernel| (case, kernel))
         })
@@ -210,7 +244,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
 /// Runs one case and prints how it went; whether it passed.
 fn one(lab: &Lab, case: &cases::Case, index: usize, keep: bool) -> bool {
     let begun = Instant::now();
-    let kernel_name = if case.has_guest { &lab.parts.kernels[index].name } else { "" };
+    let kernel_name = lab.kernels().nth(index).filter(|_| case.has_guest).map_or("", |kernel| &kernel.name);
     let name = if case.has_guest { format!("{}-{kernel_name}", case.name) } else { case.name.to_owned() };
     let folder = lab.folder.join("runs").join(&name);
     let result = lab.run(&name, index, case.iommu).and_then(|run| (case.run)(&run));

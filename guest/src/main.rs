@@ -58,6 +58,9 @@ struct Options {
     /// Keeps the files of cases that pass.
     #[arg(long)]
     keep: bool,
+    /// Runs no case, and builds the kernel that Debian does not ship, unless it is there.
+    #[arg(long, conflicts_with = "bench")]
+    build_kernel: bool,
     /// Runs no case, and measures beside QEMU's own devices, so many boots of each set-up.
     #[arg(long, value_name = "RUNS")]
     bench: Option<u32>,
@@ -75,6 +78,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let result = match options.bench {
+        _ if options.build_kernel => lab::build_kernel(&options).map(|()| true),
         Some(runs) => bench::run(&options, runs).map(|()| true),
         None => lab::run(&options),
     };

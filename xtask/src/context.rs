@@ -16,6 +16,8 @@ pub(crate) struct Context {
     pub(crate) metadata: Metadata,
     /// Print what is otherwise left out.
     pub(crate) verbose: bool,
+    /// Do what takes long, too.
+    pub(crate) full: bool,
 }
 
 impl Context {
@@ -27,7 +29,7 @@ impl Context {
     pub(crate) fn load(verbose: bool) -> anyhow::Result<Context> {
         let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
         let metadata = metadata(&manifest).no_deps().exec().context("cargo metadata")?;
-        Ok(Context { metadata, verbose })
+        Ok(Context { metadata, verbose, full: false })
     }
 
     /// The workspace's folder.

@@ -69,6 +69,24 @@ pub(crate) fn run(options: &Options, context: &Context) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Builds the kernel that Debian does not ship, unless it is there.
+///
+/// # Errors
+///
+/// If something does not build, or cannot be had.
+pub(crate) fn kernel(context: &Context) -> anyhow::Result<()> {
+    let folder = context.target("guest");
+    let mut command = context.command(&built(context, "viommu-guest", "viommu-guest")?.display().to_string());
+    command.arg("--folder").arg(&folder).arg("--build-kernel");
+    // What the cases are about, which are not run.
+    command.arg("--viommu").arg(&folder).arg("--inside").arg(&folder);
+    let status = command.status().context("the live tests do not start")?;
+    if !status.success() {
+        bail!("the kernel: {status}");
+    }
+    Ok(())
+}
+
 /// The stage of `cargo xtask test`.
 ///
 /// # Errors
@@ -78,7 +96,10 @@ pub(crate) fn stage(context: &Context) -> anyhow::Result<Outcome> {
     if env::var_os(SKIP).is_some_and(|value| value == "1") {
         return Ok(Outcome::Skipped(format!("{SKIP}=1: NO GUEST HAS RUN")));
     }
-    run(&Options::default(), context)?;
+    if context.full {
+        kernel(context)?;
+    }
+    run(&Options { full: context.full, ..Options::default() }, context)?;
     Ok(Outcome::passed())
 }
 

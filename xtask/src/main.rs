@@ -47,6 +47,8 @@ enum Chore {
     Bench(bench::Options),
     /// Runs real guests behind viommu: the live tests.
     Guest(guest::Options),
+    /// Builds a guest kernel that Debian does not ship, with iommufd and vDPA's simulators: some minutes.
+    GuestKernel,
     /// Measures what a guest's disk takes behind viommu, beside QEMU's own devices.
     BenchGuest(bench_guest::Options),
     /// Fuzzes one target with libFuzzer, or lists the targets.
@@ -67,13 +69,17 @@ fn main() -> ExitCode {
 
 /// Whether all is well; the chore has said itself what is not.
 fn chore(options: &Options) -> anyhow::Result<bool> {
-    let context = Context::load(options.verbose)?;
+    let mut context = Context::load(options.verbose)?;
+    if let Chore::Test(options) = &options.chore {
+        context.full = options.full;
+    }
     match &options.chore {
         Chore::Test(options) => stage::run(&test::STAGES, options, &context),
         Chore::Loom { filter } => test::loom(&context, filter.as_deref()).map(|_| true),
         Chore::Shuttle { filter } => test::shuttle(&context, filter.as_deref()).map(|_| true),
         Chore::Bench(options) => bench::run(options, &context).map(|()| true),
         Chore::Guest(options) => guest::run(options, &context).map(|()| true),
+        Chore::GuestKernel => guest::kernel(&context).map(|()| true),
         Chore::BenchGuest(options) => bench_guest::run(options, &context).map(|()| true),
         Chore::Fuzz(options) => fuzz::run(options, &context).map(|()| true),
     }

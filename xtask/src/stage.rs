@@ -42,6 +42,9 @@ pub(crate) struct Options {
     /// List the stages and run none.
     #[arg(long)]
     list: bool,
+    /// Also build the guest kernel that Debian does not ship, and run every live case, the long ones too.
+    #[arg(long)]
+    pub(crate) full: bool,
     /// Go on after a stage that failed.
     #[arg(long)]
     keep_going: bool,

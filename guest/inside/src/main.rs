@@ -1,16 +1,18 @@
 //! What runs inside the guests of the live tests, where a shell does not do.
 
+mod iommufd;
 mod kexec;
 mod load;
 mod memory;
 mod time;
 mod type1;
+mod vdpa;
 mod vfio;
 mod virtio;
 
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: inside probe BDF GROUP | load NAME DISK SEED THREADS BLOCKS WRITES SECONDS | time DISK BYTES COUNT | kexec KERNEL INITRAMFS WORDS | type1 BDF SEED";
+const USAGE: &str = "usage: inside probe BDF GROUP | load NAME DISK SEED THREADS BLOCKS WRITES SECONDS | time DISK BYTES COUNT | kexec KERNEL INITRAMFS WORDS | type1 BDF SEED | iommufd BDF SEED | vdpa SEED";
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -22,6 +24,8 @@ fn main() -> ExitCode {
         }
         ["time", disk, bytes, count] => time::run(disk, bytes, count),
         ["type1", bdf, seed] => type1::run(bdf, seed),
+        ["vdpa", seed] => vdpa::run(seed),
+        ["iommufd", bdf, seed] => iommufd::run(bdf, seed),
         ["kexec", kernel, initramfs, words] => kexec::run(kernel, initramfs, words),
         _ => Err(USAGE.into()),
     };

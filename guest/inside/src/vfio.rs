@@ -41,9 +41,10 @@ pub(crate) enum Access {
 /// A device and the address space that it sees.
 pub(crate) struct Device {
     file: File,
-    container: File,
+    /// None where the device is an iommufd's.
+    container: Option<File>,
     /// Open as long as the device is.
-    _group: File,
+    _group: Option<File>,
 }
 
 impl Device {
@@ -79,7 +80,7 @@ impl Device {
         })?;
         // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
         let file = unsafe { File::from_raw_fd(file) };
-        Ok(Device { file, container, _group: group })
+        Ok(Device { file, container: Some(container), _group: Some(group) })
     }
 
     /// Another descriptor of the container.
@@ -88,7 +89,25 @@ impl Device {
     ///
     /// If there is none left.
     pub(crate) fn container(&self) -> io::Result<OwnedFd> {
-        Ok(self.container.try_clone()?.into())
+        Ok(self.address_space()?.try_clone()?.into())
+    }
+
+    fn address_space(&self) -> io::Result<&File> {
+        self.container.as_ref().ok_or_else(|| io::Error::other("the device has no container"))
+    }
+
+    /// A device by its own file.
+    pub(crate) fn of_file(file: OwnedFd) -> Device {
+        Device { file: file.into(), container: None, _group: None }
+    }
+
+    /// Another descriptor of the device.
+    ///
+    /// # Errors
+    ///
+    /// If there is none left.
+    pub(crate) fn duplicate(&self) -> io::Result<OwnedFd> {
+        Ok(self.file.try_clone()?.into())
     }
 
     /// Lets the device reach memory of this program's under another address.
@@ -110,7 +129,7 @@ impl Device {
         };
         // SAFETY: the argument is what this request takes, valid during the call; the memory stays where it is until
         // it is unmapped or the container goes, which is with this device.
-        named("MAP_DMA", unsafe { libc::ioctl(self.container.as_raw_fd(), MAP_DMA, &raw const map) })?;
+        named("MAP_DMA", unsafe { libc::ioctl(self.address_space()?.as_raw_fd(), MAP_DMA, &raw const map) })?;
         Ok(())
     }
 
@@ -128,7 +147,9 @@ impl Device {
             ..Default::default()
         };
         // SAFETY: the argument is what this request takes, valid during the call.
-        named("UNMAP_DMA", unsafe { libc::ioctl(self.container.as_raw_fd(), UNMAP_DMA, &raw mut unmap) })?;
+        named("UNMAP_DMA", unsafe {
+            libc::ioctl(self.address_space()?.as_raw_fd(), UNMAP_DMA, &raw mut unmap)
+        })?;
         if unmap.size != size {
             return Err(io::Error::other(format!("{} bytes were unmapped, not {size}", unmap.size)));
         }

@@ -25,6 +25,8 @@ pub(crate) struct Case {
     pub(crate) full: bool,
     /// Whether there is a guest at all.
     pub(crate) has_guest: bool,
+    /// On the kernel that is built here, and no other.
+    pub(crate) own_kernel: bool,
     /// Runs it; a note for the reader.
     pub(crate) run: fn(&Run<'_>) -> anyhow::Result<String>,
 }
@@ -35,7 +37,12 @@ const fn case(
     run: fn(&Run<'_>) -> anyhow::Result<String>,
     about: &'static str,
 ) -> Case {
-    Case { name, about, iommu, full: false, has_guest: true, run }
+    Case { name, about, iommu, full: false, has_guest: true, own_kernel: false, run }
+}
+
+/// One that needs what no kernel of Debian's has.
+const fn on_own_kernel(case: Case) -> Case {
+    Case { own_kernel: true, ..case }
 }
 
 /// One that shows what others show, too.
@@ -67,6 +74,8 @@ pub(crate) const CASES: &[Case] = &[
     case("type1-amd", Iommu::VIRTIO, consumers::type1::amd, "the same under QEMU's AMD-Vi"),
     case("vhost-user-intel", Iommu::VIRTIO, vhost_user::intel, "our vhost-user back end behind QEMU's VT-d, QEMU the front end"),
     case("vhost-user-virtio", Iommu::VIRTIO, vhost_user::virtio, "the same behind QEMU's virtio-iommu"),
+    on_own_kernel(case("iommufd", Iommu::VIRTIO, consumers::iommufd::run, "our iommufd binding on the guest's own iommufd: its mock IOMMU, and a device")),
+    on_own_kernel(case("vdpa", Iommu::VIRTIO, consumers::vdpa::run, "our vhost-vDPA mirror on the guest's own simulators of a disk and a card")),
     case("strict", Iommu::VIRTIO, io::run, IO),
     case("lazy", Iommu::VIRTIO_LAZY, io::run, IO),
     case("vtd-io", Iommu::VTD, io::run, IO),

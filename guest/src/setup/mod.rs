@@ -2,6 +2,7 @@
 
 mod apt;
 mod kernel;
+mod own;
 mod sources;
 
 use std::{
@@ -29,6 +30,8 @@ pub(crate) struct Parts {
     /// A static busybox.
     pub(crate) busybox: PathBuf,
     pub(crate) kernels: Vec<Kernel>,
+    /// The one that is built here, if it has been.
+    pub(crate) own: Option<Kernel>,
 }
 
 /// How QEMU is started.
@@ -102,11 +105,21 @@ pub(crate) fn parts(folder: &Path) -> anyhow::Result<Parts> {
     };
     let kernels =
         folders.iter().map(|from| Kernel::open(from, folder)).collect::<anyhow::Result<Vec<_>>>()?;
-    let parts = Parts { qemu, busybox, kernels };
+    let parts = Parts { qemu, busybox, kernels, own: own::built(folder) };
     if apt.apt.is_some() {
         println!("unpacked in {:.1} s", begun.elapsed().as_secs_f64());
     }
     Ok(parts)
+}
+
+/// Builds the kernel that Debian does not ship.
+///
+/// # Errors
+///
+/// If something is missing that cannot be had, or it does not build.
+pub(crate) fn build_kernel(folder: &Path) -> anyhow::Result<()> {
+    ensure!(cfg!(target_arch = "x86_64"), "the guests are x86_64 machines with packages for such a host");
+    own::build(folder)
 }
 
 /// The machine's packages, asked for only when something is missing.

@@ -56,7 +56,7 @@ impl Drop for Guarded {
 /// # Errors
 ///
 /// If the kernel does not let the limit be set.
-pub(super) fn with_little_locked<T: Send>(bytes: u64, then: impl FnOnce() -> T + Send) -> Result<T, String> {
+pub(crate) fn with_little_locked<T: Send>(bytes: u64, then: impl FnOnce() -> T + Send) -> Result<T, String> {
     let before = limited(bytes)?;
     let outcome = std::thread::scope(|scope| {
         scope

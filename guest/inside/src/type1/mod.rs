@@ -1,14 +1,14 @@
 //! The type1 mirror on a kernel's own VFIO, with a real device behind it.
 
 mod differential;
-mod edu;
+pub(crate) mod edu;
 mod fence;
-mod host;
+pub(crate) mod host;
 mod limits;
-mod random;
+pub(crate) mod random;
 mod raw;
 mod steps;
-mod world;
+pub(crate) mod world;
 
 use std::{error::Error, fs, time::Instant};
 

@@ -11,7 +11,7 @@ use viommu::{
     Iova, IovaRange, Mapping, Medium, StepError, Subscription, Tables,
 };
 use viommu_vfio::type1::{Container, Handle};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::{
     PAGE,
@@ -19,14 +19,14 @@ use super::{
 };
 
 /// Bytes of a page, as addresses are counted.
-pub(super) const STEP: u64 = PAGE as u64;
+pub(crate) const STEP: u64 = PAGE as u64;
 
 /// Regions of the record's memory, in pages: first and count. The first two are neighbours, and one extent of backing.
 const REGIONS: [(u64, u64); 3] = [(0, 256), (256, 256), (4096, 64)];
 
 /// The page that the device loads from: its place in memory, and where the device sees it.
-const SOURCE: u64 = 4096 + 63;
-const SOURCE_AT: u64 = 0x7000;
+pub(crate) const SOURCE: u64 = 4096 + 63;
+pub(crate) const SOURCE_AT: u64 = 0x7000;
 
 /// Where in its page a transfer begins.
 const OFFSET: u64 = 0x140;
@@ -37,32 +37,32 @@ fn stamp() -> [u8; BYTES] {
 }
 
 /// The whole.
-pub(super) struct World {
-    pub(super) iommu: Iommu,
-    pub(super) domain: Domain,
-    pub(super) endpoint: Endpoint,
-    pub(super) subscription: Subscription,
-    pub(super) handle: Handle,
-    pub(super) incidents: Arc<Mutex<Vec<Incident>>>,
-    pub(super) memory: GuestMemoryMmap<()>,
+pub(crate) struct World {
+    pub(crate) iommu: Iommu,
+    pub(crate) domain: Domain,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) subscription: Subscription,
+    pub(crate) handle: Handle,
+    pub(crate) incidents: Arc<Mutex<Vec<Incident>>>,
+    pub(crate) memory: GuestMemoryMmap<()>,
 }
 
 /// Pages `first` to `last` of the device's addresses.
-pub(super) fn pages(first: u64, last: u64) -> Result<IovaRange, &'static str> {
+pub(crate) fn pages(first: u64, last: u64) -> Result<IovaRange, &'static str> {
     IovaRange::new(Iova(first * STEP), Iova(last * STEP + (STEP - 1))).ok_or("no such range")
 }
 
 /// The same at the pages of memory from `target` on.
-pub(super) fn mapping(first: u64, last: u64, target: u64, access: Access) -> Result<Mapping, &'static str> {
+pub(crate) fn mapping(first: u64, last: u64, target: u64, access: Access) -> Result<Mapping, &'static str> {
     Mapping::over(pages(first, last)?, Gpa(target * STEP), access).ok_or("no such mapping")
 }
 
-pub(super) fn rw(first: u64, last: u64, target: u64) -> Result<Mapping, &'static str> {
+pub(crate) fn rw(first: u64, last: u64, target: u64) -> Result<Mapping, &'static str> {
     mapping(first, last, target, Access::RW)
 }
 
 /// The backing of the last region, which may be taken away.
-pub(super) fn plugged() -> Result<Extent, &'static str> {
+pub(crate) fn plugged() -> Result<Extent, &'static str> {
     extent(REGIONS[2].0, REGIONS[2].0 + REGIONS[2].1 - 2)
 }
 
@@ -71,8 +71,55 @@ fn extent(first: u64, last: u64) -> Result<Extent, &'static str> {
     Ok(Extent { range, medium: Medium::Ram })
 }
 
+/// All of it.
+pub(crate) fn backing() -> Result<[Extent; 3], &'static str> {
+    Ok([extent(0, 511)?, plugged()?, extent(SOURCE, SOURCE)?])
+}
+
+/// The memory of a record, with what the device loads in its place.
+///
+/// # Errors
+///
+/// If there is none left.
+pub(crate) fn memory() -> Result<GuestMemoryMmap<()>, Box<dyn Error>> {
+    loaded(GuestMemoryMmap::from_ranges(&ranges())?)
+}
+
+/// The same, each region of a memfd.
+///
+/// # Errors
+///
+/// As [`memory`].
+pub(crate) fn memory_of_files() -> Result<GuestMemoryMmap<()>, Box<dyn Error>> {
+    let mut regions = Vec::new();
+    for (start, bytes) in ranges() {
+        let file = crate::memory::memfd(bytes as u64)?;
+        regions.push((start, bytes, Some(FileOffset::new(file, 0))));
+    }
+    loaded(GuestMemoryMmap::from_ranges_with_files(regions)?)
+}
+
+fn ranges() -> [(GuestAddress, usize); 3] {
+    REGIONS.map(|(first, count)| (GuestAddress(first * STEP), usize::try_from(count * STEP).unwrap_or(0)))
+}
+
+fn loaded(memory: GuestMemoryMmap<()>) -> Result<GuestMemoryMmap<()>, Box<dyn Error>> {
+    memory.write_slice(&stamp(), GuestAddress(SOURCE * STEP + OFFSET))?;
+    Ok(memory)
+}
+
+/// Where the device loads from.
+pub(crate) fn load() -> u64 {
+    SOURCE_AT * STEP + OFFSET
+}
+
+/// The address of a transfer to a page.
+pub(crate) fn target(page: u64) -> u64 {
+    page * STEP + OFFSET
+}
+
 /// It is over, at once: the kernel's answers are.
-pub(super) fn over(mut done: Completion) -> Result<(), Box<dyn Error>> {
+pub(crate) fn over(mut done: Completion) -> Result<(), Box<dyn Error>> {
     if done.is_complete() { Ok(()) } else { Err(format!("still waits for {:?}", done.blockers()).into()) }
 }
 
@@ -82,24 +129,19 @@ impl World {
     /// # Errors
     ///
     /// If it cannot be mapped.
-    pub(super) fn new(container: Container) -> Result<World, Box<dyn Error>> {
-        let ranges = REGIONS
-            .map(|(first, count)| (GuestAddress(first * STEP), usize::try_from(count * STEP).unwrap_or(0)));
-        let memory = GuestMemoryMmap::from_ranges(&ranges)?;
-        memory.write_slice(&stamp(), GuestAddress(SOURCE * STEP + OFFSET))?;
+    pub(crate) fn new(container: Container) -> Result<World, Box<dyn Error>> {
+        let memory = memory()?;
         let incidents = Arc::new(Mutex::new(Vec::new()));
         let alarm = incidents.clone();
-        let iommu = Iommu::builder()
+        let builder = Iommu::builder()
             .table_bytes(32 << 20) // the machine is small
             .alarm(move |incident| {
                 if let Ok(mut incidents) = alarm.lock() {
                     incidents.push(incident.clone());
                 }
-            })
-            .backing(extent(0, 511)?)
-            .backing(plugged()?)
-            .backing(extent(SOURCE, SOURCE)?)
-            .build()?;
+            });
+        let iommu =
+            backing()?.into_iter().fold(builder, |builder, extent| builder.backing(extent)).build()?;
         let endpoint = iommu.add_endpoint(32, EndpointConfig::default())?;
         let domain = iommu.create_domain(1, Tables::Owned)?;
         endpoint.attach(1)?.wait()?;
@@ -110,24 +152,24 @@ impl World {
     }
 
     /// Has the device fill its buffer with what [`World::landed`] looks for.
-    pub(super) fn load(&self, edu: Edu<'_>) -> Result<(), Box<dyn Error>> {
-        edu.load(SOURCE_AT * STEP + OFFSET)
+    pub(crate) fn load(&self, edu: Edu<'_>) -> Result<(), Box<dyn Error>> {
+        edu.load(load())
     }
 
     /// The address of a transfer to a page.
-    pub(super) fn target(page: u64) -> u64 {
-        page * STEP + OFFSET
+    pub(crate) fn target(page: u64) -> u64 {
+        target(page)
     }
 
     /// Where the device's transfer to `page` must arrive: a page of memory, or nowhere.
-    pub(super) fn expected(&self, page: u64) -> Result<Option<u64>, Box<dyn Error>> {
+    pub(crate) fn expected(&self, page: u64) -> Result<Option<u64>, Box<dyn Error>> {
         let mut reader = self.endpoint.reader("probe").ok_or("no such endpoint")?;
         let found = reader.enter().probe(Iova(World::target(page)), Access::WRITE);
         Ok(found.ok().map(|translation| translation.gpa.0 / STEP))
     }
 
     /// As the function of this name.
-    pub(super) fn landed(&self) -> Result<Vec<u64>, Box<dyn Error>> {
+    pub(crate) fn landed(&self) -> Result<Vec<u64>, Box<dyn Error>> {
         landed(&self.memory)
     }
 
@@ -136,7 +178,7 @@ impl World {
     /// # Errors
     ///
     /// If that is not where the record says.
-    pub(super) fn probe(&self, edu: Edu<'_>, page: u64, what: &str) -> Result<(), Box<dyn Error>> {
+    pub(crate) fn probe(&self, edu: Edu<'_>, page: u64, what: &str) -> Result<(), Box<dyn Error>> {
         let expected = self.expected(page)?;
         edu.store(World::target(page))?;
         self.compare(expected, page, what)
@@ -147,7 +189,7 @@ impl World {
     /// # Errors
     ///
     /// As [`World::probe`].
-    pub(super) fn compare(&self, expected: Option<u64>, page: u64, what: &str) -> Result<(), Box<dyn Error>> {
+    pub(crate) fn compare(&self, expected: Option<u64>, page: u64, what: &str) -> Result<(), Box<dyn Error>> {
         let landed = self.landed()?;
         if landed != Vec::from_iter(expected) {
             return Err(format!(
@@ -163,7 +205,7 @@ impl World {
     /// # Errors
     ///
     /// If not.
-    pub(super) fn audit(&self, left: Option<u32>, limit: Option<u32>) -> Result<(), Box<dyn Error>> {
+    pub(crate) fn audit(&self, left: Option<u32>, limit: Option<u32>) -> Result<(), Box<dyn Error>> {
         let audit = self.subscription.audit().ok_or("the mirror is cut off")?;
         if !audit.is_clean() {
             return Err(format!("the mirror differs from the record: {audit:?}").into());
@@ -178,7 +220,7 @@ impl World {
     }
 
     /// The record.
-    pub(super) fn record(&self) -> Vec<Mapping> {
+    pub(crate) fn record(&self) -> Vec<Mapping> {
         let mut all = Vec::new();
         self.domain.for_each(IovaRange::ALL, |mapping| {
             all.push(mapping);
@@ -193,7 +235,7 @@ impl World {
 /// # Errors
 ///
 /// If something else has been written.
-pub(super) fn landed(memory: &GuestMemoryMmap<()>) -> Result<Vec<u64>, Box<dyn Error>> {
+pub(crate) fn landed(memory: &GuestMemoryMmap<()>) -> Result<Vec<u64>, Box<dyn Error>> {
     let mut landed = Vec::new();
     let mut found = [0; BYTES];
     for page in REGIONS.iter().flat_map(|(first, count)| *first..first + count).filter(|page| *page != SOURCE)
@@ -216,7 +258,7 @@ pub(super) fn landed(memory: &GuestMemoryMmap<()>) -> Result<Vec<u64>, Box<dyn E
 /// # Errors
 ///
 /// If it was none.
-pub(super) fn refusal(outcome: Result<Completion, StepError>) -> Result<String, Box<dyn Error>> {
+pub(crate) fn refusal(outcome: Result<Completion, StepError>) -> Result<String, Box<dyn Error>> {
     match outcome {
         Ok(_) => Err("a step that must be refused was not".into()),
         Err(error) => {

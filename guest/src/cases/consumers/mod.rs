@@ -1,7 +1,9 @@
 //! Those who hold a copy, on a guest kernel's own interfaces: the program `inside` has the record and the mirrors, the
 //! guest's kernel is their host, and the IOMMU that it programs is one of QEMU's own.
 
+pub(super) mod iommufd;
 pub(super) mod type1;
+pub(super) mod vdpa;
 
 use std::time::Duration;
 
