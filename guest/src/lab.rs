@@ -29,6 +29,8 @@ pub(crate) struct Lab {
     pub(crate) viommu: PathBuf,
     /// Longer runs under load.
     pub(crate) full: bool,
+    /// Of the comparison with QEMU's VT-d: the first seed, and how many.
+    pub(crate) seeds: (u64, u64),
     folder: PathBuf,
     /// Of each kernel, in their order.
     initramfs: Vec<PathBuf>,
@@ -152,7 +154,14 @@ pub(crate) fn open(options: &Options) -> anyhow::Result<(Lab, File)> {
         .iter()
         .map(|kernel| initramfs::make(kernel, &parts.busybox, &options.inside, &cases::SCRIPTS, &folder))
         .collect::<anyhow::Result<_>>()?;
-    let lab = Lab { parts, viommu: options.viommu.clone(), full: options.full, folder, initramfs };
+    let lab = Lab {
+        parts,
+        viommu: options.viommu.clone(),
+        full: options.full,
+        seeds: (options.seed, options.cases),
+        folder,
+        initramfs,
+    };
     Ok((lab, alone))
 }
 
@@ -181,8 +190,11 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
             [] => options.full || !case.full,
             names => names.iter().any(|name| name == case.name),
         })
-        .flat_map(|case| (0..lab.parts.kernels.len()).map(move |kernel| (case, kernel)))
-        .filter(|(_, kernel)| chosen(&&lab.parts.kernels[*kernel]))
+        .flat_map(|case| {
+            let kernels = (0..lab.parts.kernels.len()).filter(|at| chosen(&&lab.parts.kernels[*at]));
+            // Which kernel is not asked where none runs.
+            kernels.take(if case.has_guest { usize::MAX } else { 1 }).map(move |kernel| (case, kernel))
+        })
         .collect();
     let count = runs.len();
     let runs = Mutex::new(runs);
@@ -206,8 +218,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
 /// Runs one case and prints how it went; whether it passed.
 fn one(lab: &Lab, case: &cases::Case, index: usize, keep: bool) -> bool {
     let begun = Instant::now();
-    let kernel_name = &lab.parts.kernels[index].name;
-    let name = format!("{}-{kernel_name}", case.name);
+    let kernel_name = if case.has_guest { &lab.parts.kernels[index].name } else { "" };
+    let name = if case.has_guest { format!("{}-{kernel_name}", case.name) } else { case.name.to_owned() };
     let folder = lab.folder.join("runs").join(&name);
     let result = lab.run(&name, index, case.iommu).and_then(|run| (case.run)(&run));
     let time = begun.elapsed().as_secs_f64();

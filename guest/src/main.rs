@@ -4,6 +4,7 @@
 mod bench;
 mod cases;
 mod cpio;
+mod differential;
 mod disk;
 mod initramfs;
 mod iommu;
@@ -42,6 +43,12 @@ struct Options {
     /// Lists the cases and runs none.
     #[arg(long)]
     list: bool,
+    /// So many cases of the comparison with QEMU's VT-d.
+    #[arg(long, value_name = "NUMBER", default_value_t = 5000)]
+    cases: u64,
+    /// The seed of its first case; those of the next follow.
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    seed: u64,
     /// Longer runs under load, and cases that are left out otherwise.
     #[arg(long)]
     full: bool,

@@ -25,6 +25,12 @@ pub(crate) struct Options {
     /// Only this case; may be given several times.
     #[arg(long, value_name = "NAME")]
     case: Vec<String>,
+    /// So many cases of the comparison with QEMU's VT-d.
+    #[arg(long, value_name = "NUMBER")]
+    cases: Option<u64>,
+    /// The seed of its first case; those of the next follow.
+    #[arg(long, value_name = "NUMBER")]
+    seed: Option<u64>,
     /// List the cases and run none.
     #[arg(long)]
     list: bool,
@@ -46,6 +52,11 @@ pub(crate) fn run(options: &Options, context: &Context) -> anyhow::Result<()> {
     for (option, values) in [("--kernel", &options.kernel), ("--case", &options.case)] {
         values.iter().for_each(|value| {
             command.args([option, value]);
+        });
+    }
+    for (option, value) in [("--cases", options.cases), ("--seed", options.seed)] {
+        value.iter().for_each(|value| {
+            command.arg(option).arg(value.to_string());
         });
     }
     for (option, on) in [("--list", options.list), ("--full", options.full), ("--keep", options.keep)] {

@@ -23,7 +23,8 @@ pub(crate) enum Command {
     /// audited every 1000 operations.
     ///
     /// With --model virtio-iommu each operation is a request to a device, whose status and used length are checked too;
-    /// with --model spapr-tce each map and unmap is a hypercall, whose return code is checked.
+    /// with --model spapr-tce each map and unmap is a hypercall, whose return code is checked; with --model vtd a driver
+    /// keeps context entries and page tables in guest memory, and says what has changed through the queue of a VT-d unit.
     ///
     /// Exit status: 0 all agree, 1 something differs, 2 the input cannot be read, or not be expressed by the model.
     Replay(Replay),
@@ -156,6 +157,8 @@ pub(crate) enum Model {
     VirtioIommu,
     /// Maps and unmaps as hypercalls of a pseries guest, with a LIOBN for each domain
     SpaprTce,
+    /// As tables that a driver keeps in guest memory, with the invalidations that it sends to a VT-d unit
+    Vtd,
 }
 
 #[cfg(test)]

@@ -102,7 +102,10 @@ impl Dry {
             }
             if Instant::now() > until {
                 let seconds = PATIENCE.as_secs();
-                return Err(format!("firmware has not found the VT-d unit in {seconds} s").into());
+                let why = format!("firmware has not found the VT-d unit in {seconds} s");
+                let help =
+                    "if /dev/kvm is there and machines hang in it, take `-accel kvm` out of the command";
+                return Err(format!("{why}: {help}").into());
             }
             thread::sleep(GLANCE);
         }

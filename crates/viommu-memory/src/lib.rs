@@ -9,6 +9,7 @@
 //!   last clone.
 //! - `iommu::EndpointIommu` (feature `iommu`): for those who have a `vm_memory::IommuMemory`; it promises less.
 //! - [`host_pieces`] and [`ram_extents`]: from the embedder's memory to what mirrors map and to viommu's backing.
+//! - [`mirror`]: what every mirror over memory of this process keeps.
 //!
 //! A guard covers one bounded batch: it must not be kept while the device waits for the guest.
 //!
@@ -45,6 +46,7 @@
 mod host;
 #[cfg(feature = "iommu")]
 pub mod iommu;
+pub mod mirror;
 mod pool;
 mod shared;
 mod slices;

@@ -40,6 +40,8 @@ errnos! {
     EINVAL = 22, "The arguments: flags, alignment, size, wrap, window, a cut.";
     ENOTTY = 25, "The kernel does not know this call.";
     ENOSPC = 28, "The container's entries are used up.";
+    EMSGSIZE = 90, "The answer does not fit (`IOAS_IOVA_RANGES`).";
+    EADDRINUSE = 98, "A mapping lies where the device's IOMMU allows none (attach to an iommufd's table).";
     EOVERFLOW = 75, "A range passes 2^64 (since some release after 6.12).";
     EBADFD = 77, "The container has been detached from its device.";
     EOPNOTSUPP = 95, "The kernel does not do this here.";
@@ -63,7 +65,7 @@ impl Errno {
     pub fn refused(self, call: &str) -> Refused {
         let kind = match self {
             Self::ENOSPC | Self::ENOMEM | Self::EAGAIN | Self::EINTR => RefusalKind::Resources,
-            Self::EINVAL | Self::EOVERFLOW => RefusalKind::Range,
+            Self::EINVAL | Self::EOVERFLOW | Self::EADDRINUSE => RefusalKind::Range,
             Self::ENOTTY | Self::EOPNOTSUPP => RefusalKind::Unsupported,
             _ => RefusalKind::Device,
         };

@@ -1,11 +1,24 @@
 //! vhost consumers of [`viommu`].
 //!
+//! [`kernel`] is a cache over a vhost device of the kernel's: it reaches what the guest mapped, and nothing else.
+//!
 //! [`software`] is a device IOTLB without a kernel: the same rules and capacity. It is a test double for a vhost
 //! back-end, and an oracle for what its device could reach.
 //!
 //! [`spec`] has the layouts of the messages.
+//!
+//! # Features
+//! - `kernel` (on by default, Linux only): the module of that name, with vm-memory.
+//! - `user` (on by default): vhost-user, both ends.
+//! - `tracing` (on by default): what the kernel's devices ask and are refused.
 #![deny(unsafe_code)]
 #![deny(missing_docs)]
 
+#[cfg(all(feature = "kernel", target_os = "linux"))]
+pub mod kernel;
+#[cfg(all(feature = "kernel", target_os = "linux"))]
+mod log;
 pub mod software;
 pub mod spec;
+#[cfg(feature = "user")]
+pub mod user;

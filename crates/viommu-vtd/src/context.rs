@@ -88,7 +88,8 @@ fn legacy(memory: &dyn TableMemory, abilities: &Abilities, root_table: u64, requ
         return Err(blocked(Reason::CONTEXT_ABSENT));
     }
     if lo & (context::RESERVED_0 | beyond) != 0 || hi & context::RESERVED_1 != 0 {
-        return Err(blocked(Reason::CONTEXT_RESERVED));
+        // Recorded whatever it says.
+        return Err(loud(Reason::CONTEXT_RESERVED));
     }
     let levels = u32::try_from(hi & context::WIDTH).unwrap_or(0).saturating_add(2);
     if !(3..=abilities.levels).contains(&levels) {

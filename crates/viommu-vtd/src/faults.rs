@@ -1,5 +1,6 @@
 //! Faults: from the accesses that are blocked to the fault registers and their interrupt.
 
+use core::sync::atomic::{AtomicBool, Ordering};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
@@ -199,6 +200,8 @@ pub(crate) struct Faults {
     abilities: Abilities,
     counters: Arc<Counters>,
     registers: Mutex<Registers>,
+    /// Without translation there are no faults: who goes nowhere then has what any memory controller has for it.
+    translates: AtomicBool,
     /// What the unit knows of each endpoint. Without caching mode, what its walker knows.
     contexts: RwLock<BTreeMap<EndpointId, Known>>,
     sender: RwLock<Option<Sender>>,
@@ -220,6 +223,7 @@ impl Faults {
             abilities,
             counters,
             registers: Mutex::default(),
+            translates: AtomicBool::new(false),
             contexts: RwLock::default(),
             sender: RwLock::default(),
             recent: Mutex::default(),
@@ -252,6 +256,10 @@ impl Faults {
             Some(known) => contexts.insert(id, known),
             None => contexts.remove(&id),
         };
+    }
+
+    pub(crate) fn set_translates(&self, on: bool) {
+        self.translates.store(on, Ordering::SeqCst);
     }
 
     pub(crate) fn set_sender(&self, sender: Sender) {
@@ -287,7 +295,8 @@ impl Faults {
 
 impl FaultSink for Faults {
     fn fault(&self, fault: &viommu::Fault) {
-        let known = fault.endpoint.and_then(|id| {
+        let translated = fault.endpoint.filter(|_| self.translates.load(Ordering::SeqCst));
+        let known = translated.and_then(|id| {
             self.contexts
                 .read()
                 .unwrap_or_else(PoisonError::into_inner)

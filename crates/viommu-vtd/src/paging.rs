@@ -324,7 +324,8 @@ impl Reasons {
         match format {
             Format::Legacy => Self {
                 beyond: Reason::BEYOND_WIDTH,
-                root_unreadable: Reason::PAGING_UNREADABLE,
+                // The context entry names it, and is wrong.
+                root_unreadable: Reason::CONTEXT_INVALID,
                 unreadable: Reason::PAGING_UNREADABLE,
                 reserved: Reason::PAGING_RESERVED,
                 read: Reason::READ,

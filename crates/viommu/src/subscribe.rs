@@ -321,11 +321,12 @@ pub trait Observer: Send {
 ///
 /// Endpoints with one binding share its mirrors: there is one for each address space that any of them is in.
 pub trait Binding: Send {
-    /// A new, empty mirror for `space`.
+    /// A new, empty mirror for `space`, where `first` is the endpoint that will be switched to it before any other: its
+    /// host's limits are the mirror's reach, and an identity view is clipped to its regions.
     ///
     /// # Errors
     /// The ATTACH that wanted it is refused.
-    fn mirror_for(&mut self, space: Space) -> Result<Box<dyn Mirror>, Refused>;
+    fn mirror_for(&mut self, space: Space, first: EndpointId) -> Result<Box<dyn Mirror>, Refused>;
 
     /// Switches `endpoint` to the mirror made for a space, or to nothing. When it returns, or when the ack comes,
     /// the device uses no other.

@@ -110,6 +110,40 @@ fn a_new_cache_brings_a_fenced_endpoint_back() {
     let _s = e.subscribe_cache(Box::new(Quiet), Interest::CACHE).unwrap();
     assert!(!e.is_fenced());
 }
+/// Answers later, and tells when it was cut off.
+#[derive(Clone, Default)]
+struct Owing(std::sync::Arc<std::sync::Mutex<(Vec<ack::Resolver>, bool)>>);
+impl Cache for Owing {
+    fn install(&mut self, _: &Mapping) {}
+    fn invalidate(&mut self, _: IovaRange) -> Ack {
+        let (ack, resolver) = Ack::pending();
+        self.0.lock().unwrap().0.push(resolver);
+        ack
+    }
+    fn fence(&mut self) -> Result<(), FenceFailed> {
+        self.0.lock().unwrap().1 = true;
+        Ok(())
+    }
+}
+#[test]
+fn a_cache_that_has_left_is_there_until_it_has_answered() {
+    for (done, fenced) in [(true, false), (false, true)] {
+        let (_i, e, _d) = setup();
+        let late = Owing::default();
+        let mut left = e.subscribe_cache(Box::new(late.clone()), Interest::CACHE).unwrap().leave();
+        assert!(!left.is_complete());
+        assert_eq!(std::sync::Arc::strong_count(&late.0), 2, "it may have to be cut off");
+        let resolver = late.0.lock().unwrap().0.pop().unwrap();
+        if done {
+            resolver.done()
+        } else {
+            resolver.failed()
+        }
+        assert!(left.is_complete());
+        assert_eq!(late.0.lock().unwrap().1, fenced);
+        assert_eq!(std::sync::Arc::strong_count(&late.0), 1);
+    }
+}
 struct Seen(std::sync::Arc<std::sync::Mutex<Vec<View>>>);
 impl Observer for Seen {
     fn changed(&mut self, _: Space, _: &Change) {}

@@ -23,6 +23,8 @@ pub(crate) struct Case {
     pub(crate) iommu: Iommu,
     /// Only with `--full`.
     pub(crate) full: bool,
+    /// Whether there is a guest at all.
+    pub(crate) has_guest: bool,
     /// Runs it; a note for the reader.
     pub(crate) run: fn(&Run<'_>) -> anyhow::Result<String>,
 }
@@ -33,12 +35,17 @@ const fn case(
     run: fn(&Run<'_>) -> anyhow::Result<String>,
     about: &'static str,
 ) -> Case {
-    Case { name, about, iommu, full: false, run }
+    Case { name, about, iommu, full: false, has_guest: true, run }
 }
 
 /// One that shows what others show, too.
 const fn full(case: Case) -> Case {
     Case { full: true, ..case }
+}
+
+/// One without a guest.
+const fn alone(case: Case) -> Case {
+    Case { has_guest: false, ..case }
 }
 
 const LOAD: &str = "three disks and random numbers in three groups, two processors, under load";
@@ -54,6 +61,7 @@ pub(crate) const CASES: &[Case] = &[
     case("load", Iommu::VIRTIO, load::run, LOAD),
     case("vtd-load", Iommu::VTD, load::run, LOAD),
     full(case("vtd-lazy-load", Iommu::VTD_LAZY, load::run, LOAD)),
+    alone(case("vtd-differential", Iommu::VTD, differential, "our VT-d beside QEMU's own: random tables, invalidations, accesses")),
     case("own", Iommu::VIRTIO, own::run, "these tests themselves: the same guest with QEMU's own virtio-iommu"),
     case("type1-intel", Iommu::VIRTIO, consumers::type1::intel, "our type1 mirror on the guest's own VFIO, under QEMU's VT-d"),
     case("type1-virtio", Iommu::VIRTIO, consumers::type1::virtio, "the same under QEMU's virtio-iommu"),
@@ -84,6 +92,11 @@ pub(crate) const CASES: &[Case] = &[
     case("refusals", Iommu::VIRTIO, refusals::run, "more mappings are asked for than there may be"),
     case("killed", Iommu::VIRTIO, killed::run, "the server is killed amid writes, and serves again"),
 ];
+
+fn differential(run: &Run<'_>) -> anyhow::Result<String> {
+    let (seed, cases) = run.lab.seeds;
+    crate::differential::run(&run.lab.parts.qemu, &run.folder, seed, cases)
+}
 
 /// What the guests run, by name.
 pub(crate) const SCRIPTS: [(&str, &str); 8] = [

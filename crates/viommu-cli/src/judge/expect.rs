@@ -86,9 +86,10 @@ impl Judge {
             return Err(Why::Bypass);
         }
         let handle = dom.handle.as_ref().ok_or(Why::NoDomain)?;
+        let number = self.guest.number(domain);
         let meets = |ep: &Ep| {
             ep.regions.iter().any(|region| region.range.overlaps(m.range))
-                && ep.handle.attached() == Some(View::Domain(domain))
+                && ep.handle.attached() == number.map(View::Domain)
         };
         if dom.members.iter().filter_map(|id| self.endpoints.get(id)).any(meets) {
             return Err(Why::Reserved);
@@ -104,11 +105,12 @@ impl Judge {
         let (count, limit) = (extents(m), self.limit());
         let full =
             |follower: &Follower| count != 0 && !follower.is_fenced() && follower.held() + count > limit;
+        let number = self.guest.number(domain);
         let dom = self.domains.get_mut(&domain)?;
         if dom.follower.as_ref().is_some_and(full) {
             return dom.follower.as_mut();
         }
-        let in_it = |ep: &Ep| ep.handle.attached() == Some(View::Domain(domain));
+        let in_it = |ep: &Ep| ep.handle.attached() == number.map(View::Domain);
         let endpoints = &self.endpoints;
         let found = dom
             .members
@@ -202,7 +204,7 @@ impl Judge {
     pub(super) fn step_detach(&mut self, endpoint: u32, domain: u32) -> Result<(), Why> {
         let expected = if self.guest.attached(endpoint) != Some(domain) {
             vec![Err(Why::NotAttached)]
-        } else if self.guest.iommu().bypass() {
+        } else if self.guest.bypass() {
             self.to_all_of_memory()
         } else {
             vec![Ok(())]

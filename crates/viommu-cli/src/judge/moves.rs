@@ -368,7 +368,7 @@ impl Judge {
     }
 
     pub(super) fn bypass(&mut self, on: bool) {
-        if self.guest.iommu().bypass() != on {
+        if self.guest.bypass() != on {
             self.set_bypass(on);
         }
     }
@@ -377,7 +377,7 @@ impl Judge {
         self.guest.set_bypass(on);
         self.hear();
         // A mirror of few extents may have no room for all of memory.
-        if self.guest.iommu().bypass() != on && self.options.limit_entries.is_none() {
+        if self.guest.bypass() != on && self.options.limit_entries.is_none() {
             let line = self.op.line;
             self.tally.differ(line, || format!("bypass is not {on} after it was written"));
         }

@@ -1,7 +1,5 @@
 //! Map and unmap, as the log shows them.
 
-use core::ops::ControlFlow;
-
 use viommu::{IovaRange, Mapping, Target};
 
 use super::guest::Why;
@@ -169,14 +167,12 @@ impl Judge {
             return;
         };
         let sticks_out = lacks.touching(range).any(|m| !range.covers(m.range));
-        let mut removed = core::mem::take(&mut self.op.removed);
         let mut cuts = sticks_out;
-        handle.for_each(range, |m| {
+        let removed = &mut self.op.removed;
+        self.guest.mappings(domain, &handle, range, |m| {
             cuts |= !range.covers(m.range);
             removed.push((m, false));
-            ControlFlow::Continue(())
         });
-        self.op.removed = removed;
         if sticks_out {
             // The recorded VMM meets a mapping to cut that our record lacks.
             self.guest.withhold();
@@ -257,7 +253,13 @@ impl Judge {
             return Some(false);
         }
         let handle = dom.handle.clone()?;
-        let found = handle.next_mapping(range.start()).filter(|m| m.range == range)?;
+        let mut found = None;
+        self.guest.mappings(domain, &handle, range, |m| {
+            if m.range == range {
+                found = Some(m);
+            }
+        });
+        let found = found?;
         self.listen(domain, Asks::ALL);
         if let Err(why) = self.step_unmap(domain, range) {
             let line = self.op.line;

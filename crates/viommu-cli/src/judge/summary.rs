@@ -1,7 +1,5 @@
 //! What a replay came to, in the shape of its JSON.
 
-use core::ops::ControlFlow;
-
 use serde::Serialize;
 use viommu::{IovaRange, View};
 
@@ -186,7 +184,7 @@ impl Judge {
         let notified = tally.notifications;
         let (mut mirrors, mut caches) = (Vec::new(), Vec::new());
         for (id, ep) in &self.endpoints {
-            let domain = view_of(ep.handle.view()).1;
+            let domain = self.view_of(ep.handle.view()).1;
             mirrors.push(mirror_line(Some(*id), domain, &ep.follower));
             caches.push(cache_line(Some(*id), domain, &ep.follower));
         }
@@ -198,7 +196,7 @@ impl Judge {
         }
         let endpoints = self.endpoints.iter().map(|(id, ep)| {
             let (view, domain) =
-                if ep.follower.is_fenced() { ("blocked", None) } else { view_of(ep.handle.view()) };
+                if ep.follower.is_fenced() { ("blocked", None) } else { self.view_of(ep.handle.view()) };
             EndpointLine { id: *id, view, domain }
         });
         Summary {
@@ -271,23 +269,22 @@ impl Judge {
         let line = |(id, dom): (&u32, &super::world::Dom)| {
             let (mut mappings, mut bytes) = (0, 0_u128);
             if let Some(handle) = &dom.handle {
-                handle.for_each(IovaRange::ALL, |m| {
+                self.guest.mappings(*id, handle, IovaRange::ALL, |m| {
                     mappings += 1;
                     bytes += m.range.bytes();
-                    ControlFlow::Continue(())
                 });
             }
             DomainLine { id: *id, mappings, pages: u64::try_from(bytes / 4096).unwrap_or(u64::MAX) }
         };
         self.domains.iter().map(line).collect()
     }
-}
 
-fn view_of(view: Option<View>) -> (&'static str, Option<u32>) {
-    match view {
-        Some(View::Identity) => ("identity", None),
-        Some(View::Domain(domain)) => ("domain", Some(domain)),
-        Some(View::Blocked) | None => ("blocked", None),
+    fn view_of(&self, view: Option<View>) -> (&'static str, Option<u32>) {
+        match view {
+            Some(View::Identity) => ("identity", None),
+            Some(View::Domain(number)) => ("domain", Some(self.guest.name(number))),
+            Some(View::Blocked) | None => ("blocked", None),
+        }
     }
 }
 

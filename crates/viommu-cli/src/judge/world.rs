@@ -8,7 +8,7 @@ use viommu_trace::Format;
 
 use super::Options;
 use super::follower::{Follower, Home};
-use super::guest::{Direct, Eyes, Guest, HALF, Virtio};
+use super::guest::{Direct, Eyes, Guest, HALF, Virtio, Vtd};
 use super::lacks::Lacks;
 use super::notifications::Line;
 use super::tally::Tally;
@@ -134,7 +134,7 @@ impl Judge {
     /// # Errors
     /// When the unit cannot be made, or the history cannot be expressed by the model.
     pub(crate) fn new(
-        options: Options,
+        mut options: Options,
         format: Format,
         stats: Option<Stats>,
     ) -> Result<Self, Box<dyn std::error::Error>> {
@@ -148,6 +148,16 @@ impl Judge {
             }
             Model::VirtioIommu => Guest::virtio(Virtio::new()?),
             Model::SpaprTce => Guest::direct(Direct::with_tces(may_cut)?),
+            Model::Vtd if options.fails() || options.limit_entries.is_some() => {
+                let why =
+                    "tables in guest memory leave nothing to refuse, so mirrors that do are for other models";
+                return Err(why.into());
+            }
+            Model::Vtd => {
+                // There are as many extents as pages.
+                options.limit_entries = Some(u32::MAX);
+                Guest::vtd(Vtd::new(may_cut)?)
+            }
         };
         Ok(Self {
             guest,
@@ -225,8 +235,9 @@ impl Judge {
             let handle = Some(handle?);
             self.make_domain(id, false);
             self.tally.note_from_before(id, line);
-            let home = Home::Domain(self.guest.iommu(), id);
+            let home = Home::Domain(self.guest.iommu(), self.guest.number(id)?);
             let follower = Follower::new(&home, &self.options).ok();
+            self.guest.mirror_has_come();
             let dom = self.domains.get_mut(&id)?;
             (dom.handle, dom.from_before, dom.follower) = (handle, true, follower);
         }
@@ -255,10 +266,9 @@ impl Judge {
         let eyes = self.guest.eyes(&handle)?;
         // Empty and blocked, so that no mirror refuses; then what it sees when nothing is attached. The guest does not
         // know of it yet.
-        drop(handle.block());
+        self.guest.hide(&handle);
         let follower = Follower::new(&Home::Endpoint(&handle), &self.options).ok()?;
-        drop(handle.detach());
-        self.guest.probe(id);
+        self.guest.show(id, &handle);
         let regions = handle.regions();
         Some(Ep {
             handle,

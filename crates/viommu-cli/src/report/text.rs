@@ -94,6 +94,18 @@ fn model(out: &mut Page, s: &Summary) {
             out.row(line.hypercall, &format!("{} {}", line.count, line.code));
         }
     }
+    if let Some(unit) = &s.model.unit {
+        out.title(s.model.name);
+        let sent = &unit.descriptors;
+        out.row(
+            "descriptors",
+            &format!(
+                "{} contexts, {} pages, {} domains, {} of everything, {} waits",
+                sent.contexts, sent.pages, sent.domains, sent.global, sent.waits
+            ),
+        );
+        out.row("tables", &format!("{} pages at most", unit.tables));
+    }
     let Some(d) = &s.model.device else { return };
     out.title(s.model.name);
     for line in &d.statuses {

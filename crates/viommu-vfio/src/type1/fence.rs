@@ -21,7 +21,6 @@ impl State {
         }
         self.kernel = Err(Closed);
         self.held.clear();
-        self.entries = 0;
         Ok(())
     }
 

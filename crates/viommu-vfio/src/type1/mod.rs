@@ -51,7 +51,6 @@
 
 mod dirty;
 mod fence;
-mod host;
 mod info;
 mod kernel;
 #[cfg(feature = "bench")]
@@ -66,11 +65,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use viommu::subscribe::{self, FenceFailed, OutOfReach, Reach, Refused, Unmapped};
 use viommu::{Ack, GpaRange, IovaRange, Mapping};
+use viommu_memory::mirror::{Holding, Holdings, Pieces, Resolve, resolve_in};
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 pub use crate::errno::Errno;
 use fence::Action;
-use host::{Pieces, Resolve, resolve_in};
 pub use info::{DirtyTracking, Info};
 use kernel::Kernel;
 use state::State;
@@ -181,10 +180,9 @@ impl Container {
             memory: resolve_in(memory),
             registers,
             action,
-            held: std::collections::BTreeMap::new(),
-            entries: 0,
+            held: Holdings::default(),
             tracking: false,
-            untold: Vec::new(),
+            untold: crate::written::Written::default(),
         };
         let state = Arc::new(Mutex::new(state));
         (Mirror(state.clone()), Handle(state))
@@ -228,7 +226,7 @@ impl subscribe::Mirror for Mirror {
     }
 
     fn held(&self) -> Vec<Mapping> {
-        lock(&self.0).held.values().map(|held| held.mapping).collect()
+        lock(&self.0).held.mappings()
     }
 }
 
@@ -249,7 +247,7 @@ impl fmt::Debug for Handle {
         let state = lock(&self.0);
         f.debug_struct("Handle")
             .field("info", &state.info)
-            .field("entries", &state.entries)
+            .field("entries", &state.held.entries())
             .field("tracking", &state.tracking)
             .field("closed", &state.kernel.is_err())
             .finish_non_exhaustive()
@@ -261,7 +259,7 @@ impl Handle {
     /// extent touches, none for what is left out.
     #[must_use]
     pub fn entries(&self) -> u64 {
-        lock(&self.0).entries
+        lock(&self.0).held.entries()
     }
 
     /// Extents of device registers that are not mapped, since this process has not mapped them: see
@@ -269,7 +267,7 @@ impl Handle {
     #[must_use]
     pub fn left_out(&self) -> Vec<Mapping> {
         let state = lock(&self.0);
-        let left_out = state.held.values().filter(|held| held.pieces == Pieces::Absent);
+        let left_out = state.held.iter().filter(|held| held.pieces == Pieces::Absent);
         left_out.map(|held| held.mapping).collect()
     }
 
@@ -279,8 +277,8 @@ impl Handle {
     #[must_use]
     pub fn stale(&self) -> Vec<Mapping> {
         let state = lock(&self.0);
-        let moved = |held: &&state::Held| state.pieces_of(&held.mapping).ok().as_ref() != Some(&held.pieces);
-        state.held.values().filter(moved).map(|held| held.mapping).collect()
+        let moved = |held: &&Holding| state.pieces_of(&held.mapping).ok().as_ref() != Some(&held.pieces);
+        state.held.iter().filter(moved).map(|held| held.mapping).collect()
     }
 
     /// Reads what the container can do again, for [`Subscription::reach_changed`](viommu::Subscription::reach_changed):

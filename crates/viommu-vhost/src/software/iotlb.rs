@@ -159,6 +159,13 @@ impl Iotlb {
         }
     }
 
+    /// The entry that makes room next.
+    #[cfg(all(feature = "kernel", target_os = "linux"))]
+    pub(crate) fn oldest(&self) -> Option<&Mapping> {
+        let (&age, &start) = self.by_age.first_key_value()?;
+        self.entries.get(&(start, age))
+    }
+
     /// Every entry, in the order of the device's addresses.
     pub fn iter(&self) -> impl Iterator<Item = &Mapping> + '_ {
         self.entries.values()

@@ -465,6 +465,7 @@ impl Inner {
     fn reset(&self, control: &mut Control) -> Reset {
         control.registers = Registers::default();
         self.faults.with(|registers| *registers = Default::default());
+        self.faults.set_translates(false);
         self.shared.root_table.store(0, core::sync::atomic::Ordering::Release);
         control.jobs = Jobs::default();
         for member in control.members.values_mut() {

@@ -22,7 +22,10 @@ pub(crate) const PASID_BITS: u32 = 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pending {
     Contexts,
-    Translations,
+    /// Those of pages more than one invalidation may have are not invalidated.
+    Translations {
+        is_refused: bool,
+    },
 }
 
 /// What the registers hold, but for those of faults.
@@ -133,8 +136,9 @@ impl Registers {
                     !(r::context_command::INVALIDATE | 3 << r::context_command::PERFORMED);
                 self.context_command |= granularity << r::context_command::PERFORMED;
             }
-            Pending::Translations => {
-                let granularity = self.iotlb_command >> r::iotlb_command::REQUESTED & 3;
+            Pending::Translations { is_refused } => {
+                let requested = self.iotlb_command >> r::iotlb_command::REQUESTED & 3;
+                let granularity = if is_refused { 0 } else { requested };
                 self.iotlb_command &= !(r::iotlb_command::INVALIDATE | 3 << r::iotlb_command::PERFORMED);
                 self.iotlb_command |= granularity << r::iotlb_command::PERFORMED;
             }
@@ -373,7 +377,8 @@ impl Inner {
         let did = u16::try_from(command >> c::DOMAIN & 0xffff).unwrap_or(0);
         let task = translations(granularity, did, registers.invalidate_address);
         self.count(task.as_ref());
-        control.jobs.push(task, After::Register(Pending::Translations));
+        let is_refused = task.is_none();
+        control.jobs.push(task, After::Register(Pending::Translations { is_refused }));
     }
 }
 

@@ -92,6 +92,7 @@ impl Inner {
     pub(super) fn switch(&self, control: &mut Control, done: &mut Completion) {
         let on = control.registers.is_translating();
         if on {
+            self.faults.set_translates(true);
             self.refresh(control, Which::All, done);
         }
         // What those see who come later; and, when it is switched off, all.
@@ -105,6 +106,7 @@ impl Inner {
         if !on {
             let ids: Vec<_> = control.members.keys().map(|id| (*id, None)).collect();
             self.move_all(control, &ids, done);
+            self.faults.set_translates(false);
             self.sweep(control, done);
         }
     }

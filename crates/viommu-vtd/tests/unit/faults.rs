@@ -34,7 +34,7 @@ const CASES: &[(&str, Setup, u8, u8)] = &[
     ("context table nowhere", |rig| rig.poke(ROOT, RAM | 1), 9, 9),
     ("context with reserved bits", |rig| rig.context(DEVICE, 0x20_0011, 2), 0xb, 0xb),
     ("context with reserved bits in its upper half", |rig| rig.context(DEVICE, 0x20_0001, 0x82), 0xb, 0xb),
-    ("tables nowhere", |rig| rig.attach(DEVICE, 1, RAM), 7, 7),
+    ("tables nowhere", |rig| rig.attach(DEVICE, 1, RAM), 3, 3),
     (
         "not present",
         |rig| {
@@ -196,6 +196,37 @@ fn faults_are_not_recorded_where_the_context_entry_says_so() {
         rig.announce(DEVICE, 1);
         assert!(access(&mut reader(&endpoint), 0x1000, Access::READ).is_err());
         assert_eq!((rig.fault(), rig.vtd.metrics().faults_quiet), (None, 2));
+    }
+}
+
+#[test]
+fn reserved_bits_in_a_context_entry_are_recorded_whatever_it_says() {
+    for caching_mode in [true, false] {
+        let (mut rig, endpoint) = Rig::started(Config { caching_mode, ..Config::default() });
+        let root = rig.table();
+        rig.context(DEVICE, root | 1 | 2 | 1 << 4, 2 | 1 << 8);
+        rig.announce(DEVICE, 1);
+        assert!(access(&mut reader(&endpoint), 0x1000, Access::READ).is_err());
+        assert_eq!(rig.fault(), Some((DEVICE, 0xb, 0x1000, true)));
+    }
+}
+
+#[test]
+fn an_address_where_nothing_is_faults_in_translation_alone() {
+    for caching_mode in [true, false] {
+        let (mut rig, endpoint) = Rig::started(Config { caching_mode, ..Config::default() });
+        let root = rig.table();
+        rig.attach(DEVICE, 1, root);
+        rig.announce(DEVICE, 1);
+        let mut reader = reader(&endpoint);
+        for (translates, faults) in [(true, true), (false, false), (true, true)] {
+            rig.command(1 << 26 | if translates { 1 << 31 } else { 0 });
+            assert!(access(&mut reader, 0xff80_0000_0000, Access::READ).is_err());
+            assert_eq!(rig.fault().is_some(), faults);
+        }
+        let _ = rig.vtd.reset();
+        assert!(access(&mut reader, 0xff80_0000_0000, Access::READ).is_err());
+        assert_eq!(rig.fault(), None);
     }
 }
 

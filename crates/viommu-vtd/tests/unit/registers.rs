@@ -170,6 +170,11 @@ fn register_based_invalidation_reads_as_busy_until_it_is_over() {
     assert_eq!(handle.take(), [unmapped(0x1000, 0x1000)]);
     drop(guard);
     assert_eq!(rig.read64(r::IOTLB_COMMAND) >> 57, 0b1_1011);
+    // More pages than one invalidation may have: nothing was performed.
+    rig.write64(r::INVALIDATE_ADDRESS, 19);
+    rig.write64(r::IOTLB_COMMAND, 1 << 63 | 3 << 60 | 1 << 32);
+    rig.settle();
+    assert_eq!(rig.read64(r::IOTLB_COMMAND) >> 57, 0b1_1000);
 }
 
 #[test]

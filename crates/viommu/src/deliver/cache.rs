@@ -4,6 +4,7 @@ use crate::ack::Ack;
 use crate::addr::{Iova, IovaRange};
 use crate::deliver::{Counts, Sub};
 use crate::endpoint::EndpointShared;
+use crate::error::Incident;
 use crate::mapping::{Access, Mapping};
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
@@ -80,10 +81,24 @@ impl CacheSeat {
         Ok(entry)
     }
 
-    pub(crate) fn fence(&self) -> Result<(), FenceFailed> {
+    fn fence(&self) -> Result<(), FenceFailed> {
         self.sub.set_fenced();
         let _callback = CallbackScope::enter();
         lock(&self.channel).cache.fence()
+    }
+
+    /// Cuts it off, unless it is, and tells the alarm; whether that held.
+    pub(crate) fn fence_and_tell(&self, why: &str) -> bool {
+        if self.sub.is_fenced() {
+            return true;
+        }
+        let (subscription, endpoint) = (self.sub.id(), self.sub.endpoint());
+        let outcome = self.fence();
+        self.sub.alarm(&match &outcome {
+            Ok(()) => Incident::Fenced { subscription, endpoint, why: why.into() },
+            Err(failed) => Incident::FenceFailed { subscription, endpoint, why: format!("{why}; {failed}") },
+        });
+        outcome.is_ok()
     }
 
     pub(crate) fn held(&self) -> Option<Vec<Mapping>> {

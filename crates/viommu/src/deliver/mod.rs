@@ -209,12 +209,25 @@ impl Seats {
         self.take_if(|sub| sub.id() == id)
     }
 
-    fn take_if(&mut self, which: impl Fn(&Sub) -> bool) -> Self {
+    pub(crate) fn take_if(&mut self, which: impl Fn(&Sub) -> bool) -> Self {
         let mirrors = self.mirrors.extract_if(.., |s| which(&s.sub)).collect();
         let caches = self.caches.extract_if(.., |s| which(&s.sub)).collect();
         let observers = self.observers.extract_if(.., |s| which(&s.sub)).collect();
         self.settle();
         Self::new(mirrors, caches, observers)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.mirrors.is_empty() && self.caches.is_empty() && self.observers.is_empty()
+    }
+
+    /// Cuts a mirror or a cache of these off and says so; whether that held, `None` when it is not here.
+    pub(crate) fn fence_and_tell(&mut self, id: u64, why: &str) -> Option<bool> {
+        if let Some(mirror) = self.mirrors.iter_mut().find(|seat| seat.sub.id() == id) {
+            return Some(mirror.fence_and_tell(why));
+        }
+        let cache = self.caches.iter().find(|seat| seat.sub.id() == id)?;
+        Some(cache.fence_and_tell(why))
     }
 
     pub(crate) fn append(&mut self, mut other: Self) {

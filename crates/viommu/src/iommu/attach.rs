@@ -238,7 +238,7 @@ impl Unit {
                 sub.forsake(id);
                 if sub.serves_nobody() {
                     let seats = leave_one(domain, sub.id(), done);
-                    done.let_go(seats.mirrors);
+                    done.let_go(seats);
                 }
             }
         }
@@ -275,17 +275,17 @@ impl Unit {
                 None => {
                     let mirror = {
                         let _callback = CallbackScope::enter();
-                        host.mirror_for(target.space)?
+                        host.mirror_for(target.space, id)?
                     };
                     let sub = Sub::new(self.next_id(), None, Vec::new(), self.this.clone());
                     let mut seat = MirrorSeat::new(sub.clone(), Interest::MIRROR, mirror);
                     seat.binding = Some(binding);
                     self.check_produced(target, Kinds::MAP | Kinds::UNMAP)?;
-                    fits(target, &seat.lens, &[]).map_err(|(why, range)| {
+                    fits(target, &seat.lens, &member.regions).map_err(|(why, range)| {
                         Refused::new(RefusalKind::Range, format!("{range}: {why}"))
                     })?;
                     let seats = Seats::new(vec![seat], Vec::new(), Vec::new());
-                    join(target, seats, None, &Arc::from([]), done)
+                    join(target, seats, None, &member.regions, done)
                         .map_err(|(_, error)| refused_of(error))?;
                     sub
                 }
@@ -300,7 +300,7 @@ impl Unit {
             sub.forsake(id);
             if sub.serves_nobody() {
                 let seats = leave_one(domain, sub.id(), done);
-                done.let_go(seats.mirrors);
+                done.let_go(seats);
             }
         };
         let ack = match outcome {

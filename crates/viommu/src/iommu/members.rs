@@ -159,9 +159,7 @@ impl Unit {
                 member.shared.publish(|sight| sight.moved_to(None));
                 control.homes.retain(|_, home| *home != Home::Endpoint(id));
                 // The subscribers go with it: empty by now, or fenced.
-                done.let_go(core::mem::take(&mut member.parked.mirrors));
-                let _callback = CallbackScope::enter();
-                drop(member.parked);
+                done.let_go(core::mem::take(&mut member.parked));
             }
         }
         Ok(done)
@@ -242,7 +240,7 @@ impl Unit {
         }
         done.add_removal(&domain.readers, None, &[IovaRange::ALL]);
         state.dead = true;
-        let mut seats = core::mem::take(&mut state.seats);
+        let seats = core::mem::take(&mut state.seats);
         drop(state);
         self.settle_wanted(&domain);
         let space = domain.space;
@@ -251,9 +249,7 @@ impl Unit {
         if !domain.readers.is_unused(&[IovaRange::ALL]) {
             control.retired.push(domain.readers.clone());
         }
-        done.let_go(core::mem::take(&mut seats.mirrors));
-        let _callback = CallbackScope::enter();
-        drop(seats);
+        done.let_go(seats);
         Some(done)
     }
 }

@@ -390,9 +390,7 @@ impl Unit {
             seats = member.parked.take(id);
         }
         drop(control);
-        done.let_go(core::mem::take(&mut seats.mirrors));
-        let _callback = CallbackScope::enter();
-        drop(seats);
+        done.let_go(seats);
         done
     }
 

@@ -181,16 +181,10 @@ impl Unit {
             for seat in seats.mirrors.iter_mut().filter(|s| s.sub.id() == id) {
                 domain.fence_seat(seat, why, &mut done);
             }
-            for cache in seats.caches.iter().filter(|c| c.sub.id() == id && !c.sub.is_fenced()) {
-                let (subscription, endpoint) = (id, cache.sub.endpoint());
-                let incident = match cache.fence() {
-                    Ok(()) => Incident::Fenced { subscription, endpoint, why: why.into() },
-                    Err(failed) => {
-                        done.set_stuck();
-                        Incident::FenceFailed { subscription, endpoint, why: format!("{why}; {failed}") }
-                    }
-                };
-                self.totals.alarm(&incident);
+            for cache in seats.caches.iter().filter(|c| c.sub.id() == id) {
+                if !cache.fence_and_tell(why) {
+                    done.set_stuck();
+                }
             }
         };
         for domain in control.domains.values().chain([&control.identity]) {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::ack::Waiting;
 use crate::addr::IovaRange;
-use crate::deliver::{MirrorSeat, Sub};
+use crate::deliver::{Seats, Sub};
 use crate::endpoint::EndpointId;
 use crate::iommu::unit::Totals;
 use crate::quiesce::lease::Lent;
@@ -44,7 +44,7 @@ struct Work {
     places: Vec<Place>,
     phase: Phase,
     /// Those that have left and have not acknowledged all: still there to be fenced.
-    leaving: StdMutex<Vec<MirrorSeat>>,
+    leaving: StdMutex<Seats>,
     /// A fence did not hold: this never resolves.
     stuck: bool,
     /// When it was first found pending.
@@ -149,17 +149,16 @@ impl Completion {
         work.acks.push((sub.clone(), waiting));
     }
 
-    /// Lets go of mirrors that have left: at once, or when they have acknowledged all that is awaited of them.
-    pub(crate) fn let_go(&mut self, mirrors: Vec<MirrorSeat>) {
+    /// Lets go of those that have left: at once, or when they have acknowledged all that is awaited of them.
+    pub(crate) fn let_go(&mut self, mut seats: Seats) {
         let acks = self.0.as_ref().map_or(&[][..], |work| &work.acks);
-        let owes =
-            |seat: &MirrorSeat| seat.is_live() && acks.iter().any(|(sub, _)| sub.id() == seat.sub.id());
-        let (owing, free): (Vec<_>, Vec<_>) = mirrors.into_iter().partition(owes);
+        let owes = |sub: &Sub| !sub.is_fenced() && acks.iter().any(|(owing, _)| owing.id() == sub.id());
+        let owing = seats.take_if(owes);
         if !owing.is_empty() {
-            lock_std(&self.work().leaving).extend(owing);
+            lock_std(&self.work().leaving).append(owing);
         }
         let _callback = CallbackScope::enter();
-        drop(free);
+        drop(seats);
     }
 
     pub(crate) fn set_stuck(&mut self) {
@@ -186,7 +185,7 @@ impl Completion {
         }
         ours.stuck |= theirs.stuck;
         ours.since = [ours.since, theirs.since].into_iter().flatten().min();
-        lock_std(&ours.leaving).append(&mut lock_std(&theirs.leaving));
+        lock_std(&ours.leaving).append(core::mem::take(&mut lock_std(&theirs.leaving)));
         other.0 = None;
     }
 
@@ -328,12 +327,8 @@ impl Work {
                             Some(false) if !may_fence => return false,
                             Some(false) => {
                                 let why = "a call was answered with a failure";
-                                let mut leaving = lock_std(&self.leaving);
-                                let seat = leaving.iter_mut().find(|seat| seat.sub.id() == sub.id());
-                                let fenced = match seat {
-                                    Some(seat) => seat.fence_and_tell(why),
-                                    None => sub.fence(why),
-                                };
+                                let left = lock_std(&self.leaving).fence_and_tell(sub.id(), why);
+                                let fenced = left.unwrap_or_else(|| sub.fence(why));
                                 if !fenced {
                                     self.stuck = true;
                                     return false;

@@ -252,7 +252,7 @@ fn bound(n: u32) -> (Iommu, Hosts, Vec<viommu::Endpoint>, [viommu::Domain; 2]) {
 }
 
 fn made(hosts: &Hosts, at: usize) -> Handle {
-    hosts.0.lock().unwrap().made[at].1.clone()
+    hosts.0.lock().unwrap().made[at].2.clone()
 }
 
 #[test]
@@ -351,12 +351,26 @@ fn a_fenced_bound_endpoint_is_switched_to_nothing_only() {
     let a = endpoint(&iommu, 1);
     over(a.bind_with(&binding).unwrap());
     over(a.attach(1).unwrap());
-    let first = hosts.0.lock().unwrap().made.last().unwrap().1.clone();
+    let first = hosts.0.lock().unwrap().made.last().unwrap().2.clone();
     first.refuse_nth(1, 1, is_unmap);
     over(domain.unmap(pages(0, 9)).unwrap());
     assert!(a.is_fenced());
     over(a.detach().unwrap());
     assert_eq!(hosts.0.lock().unwrap().bound.last(), Some(&(a.id(), Bound::Blocked)));
+}
+
+#[test]
+fn a_bound_identity_is_clipped_to_the_regions_of_its_first_endpoint() {
+    let (iommu, _) = unit_with(|b| b.ram(0, 64 * PAGE).bypass(true));
+    let hosts = Hosts::default();
+    let binding = iommu.add_binding(Box::new(hosts.clone()));
+    let (first, second) = (with_regions(&iommu, 8), endpoint(&iommu, 9));
+    over(first.bind_with(&binding).unwrap());
+    over(second.bind_with(&binding).unwrap());
+    assert_eq!(made(&hosts, 0).held(), [rw(0, 9, 0), rw(12, 19, 12), rw(22, 63, 22)]);
+    let host = hosts.0.lock().unwrap();
+    assert_eq!(host.made.iter().map(|m| (m.0, m.1)).collect::<Vec<_>>(), [(Space::Identity, first.id())]);
+    assert_eq!(host.bound.len(), 2);
 }
 
 #[test]

@@ -217,7 +217,7 @@ fn neighbours_of_one_domain_share_a_bound_mirror() {
     over(domain.map(rw(0, 9, 5)).unwrap());
     let host = hosts.0.lock().unwrap();
     assert_eq!(host.made.len(), 1, "one mirror, one pinning for four devices");
-    assert_eq!(host.made[0].1.take(), [Event::Map(rw(0, 9, 5))]);
+    assert_eq!(host.made[0].2.take(), [Event::Map(rw(0, 9, 5))]);
 }
 
 #[test]

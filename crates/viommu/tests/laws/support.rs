@@ -136,7 +136,7 @@ impl Walker for Guest {
 /// What a binding has been told.
 #[derive(Default)]
 pub struct Host {
-    pub made: Vec<(Space, Handle)>,
+    pub made: Vec<(Space, EndpointId, Handle)>,
     pub bound: Vec<(EndpointId, Bound)>,
     pub fenced: Vec<EndpointId>,
     pub refuse: Option<Bound>,
@@ -150,13 +150,13 @@ pub struct Host {
 pub struct Hosts(pub Arc<Mutex<Host>>);
 
 impl Binding for Hosts {
-    fn mirror_for(&mut self, space: Space) -> Result<Box<dyn Mirror>, Refused> {
+    fn mirror_for(&mut self, space: Space, first: EndpointId) -> Result<Box<dyn Mirror>, Refused> {
         let mut host = self.0.lock().unwrap();
         let (mirror, handle) = RecordingMirror::new(host.reach.clone());
         if host.mirrors_refuse {
             handle.refuse_nth(1, 1, is_map);
         }
-        host.made.push((space, handle));
+        host.made.push((space, first, handle));
         Ok(mirror)
     }
 

@@ -9,7 +9,9 @@ mod memory;
 mod reply;
 mod tce;
 mod virtio;
+mod vtd;
 
+use core::ops::ControlFlow;
 use core::time::Duration;
 use std::collections::BTreeMap;
 
@@ -22,6 +24,7 @@ pub(crate) use direct::Direct;
 pub(crate) use memory::Eyes;
 pub(crate) use reply::{Answer, REQUESTS, STATUSES, Why};
 pub(crate) use virtio::{ModelLine, Virtio};
+pub(crate) use vtd::Vtd;
 
 /// The longest that a step may take; software consumers are done at once.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -37,6 +40,7 @@ fn builder() -> viommu::Builder {
 enum Way {
     Direct(Direct),
     Virtio(Box<Virtio>),
+    Vtd(Box<Vtd>),
 }
 
 /// The guest's side of the unit.
@@ -60,6 +64,10 @@ impl Guest {
         Self::new(virtio.iommu().clone(), Way::Virtio(Box::new(virtio)))
     }
 
+    pub(crate) fn vtd(vtd: Vtd) -> Self {
+        Self::new(vtd.iommu().clone(), Way::Vtd(Box::new(vtd)))
+    }
+
     fn new(iommu: Iommu, way: Way) -> Self {
         Self { iommu, way, attached: BTreeMap::new(), held: BTreeMap::new(), complaints: Vec::new() }
     }
@@ -72,7 +80,7 @@ impl Guest {
     pub(crate) fn is_checked(&self) -> bool {
         let device = match &self.way {
             Way::Direct(direct) => direct.tce.is_some(),
-            Way::Virtio(_) => true,
+            Way::Virtio(_) | Way::Vtd(_) => true,
         };
         device || cfg!(debug_assertions)
     }
@@ -82,11 +90,76 @@ impl Guest {
         match &self.way {
             Way::Direct(direct) => direct.tce.as_ref()?.inexpressible(),
             Way::Virtio(_) => None,
+            Way::Vtd(vtd) => vtd.inexpressible(),
+        }
+    }
+
+    /// The number that the record has for a domain.
+    pub(crate) fn number(&self, domain: u32) -> Option<u32> {
+        match &self.way {
+            Way::Direct(_) | Way::Virtio(_) => Some(domain),
+            Way::Vtd(vtd) => vtd.number(domain),
+        }
+    }
+
+    /// The history's number of one that the record has a number for.
+    pub(crate) fn name(&self, number: u32) -> u32 {
+        match &self.way {
+            Way::Direct(_) | Way::Virtio(_) => number,
+            Way::Vtd(vtd) => vtd.name(number).unwrap_or(number),
         }
     }
 
     pub(crate) fn domain(&self, id: u32) -> Option<Domain> {
-        self.iommu.domain(id)
+        self.iommu.domain(self.number(id)?)
+    }
+
+    /// What the guest has mapped, in the range or across its ends: the record's mappings, or, where tables have it in
+    /// pages, what it has asked for.
+    pub(crate) fn mappings(&self, id: u32, domain: &Domain, range: IovaRange, mut each: impl FnMut(Mapping)) {
+        match &self.way {
+            Way::Direct(_) | Way::Virtio(_) => domain.for_each(range, |m| {
+                each(m);
+                ControlFlow::Continue(())
+            }),
+            Way::Vtd(vtd) => vtd.mappings(id, range).into_iter().for_each(each),
+        }
+    }
+
+    /// What those see who are attached to nothing: whether that is all of memory.
+    pub(crate) fn bypass(&self) -> bool {
+        match &self.way {
+            Way::Direct(_) | Way::Virtio(_) => self.iommu.bypass(),
+            Way::Vtd(vtd) => vtd.bypass(),
+        }
+    }
+
+    /// An endpoint that has just come sees nothing until [`Self::show`].
+    pub(crate) fn hide(&self, endpoint: &Endpoint) {
+        match &self.way {
+            Way::Direct(_) | Way::Virtio(_) => drop(endpoint.block()),
+            // It has no context entry.
+            Way::Vtd(_) => {}
+        }
+    }
+
+    /// It sees what those see who are attached to nothing. The driver looks at it before it does anything with it.
+    pub(crate) fn show(&mut self, id: u32, endpoint: &Endpoint) {
+        match &mut self.way {
+            Way::Direct(_) => drop(endpoint.detach()),
+            Way::Virtio(virtio) => {
+                drop(endpoint.detach());
+                virtio.probe(id);
+            }
+            Way::Vtd(vtd) => vtd.set_default(id),
+        }
+    }
+
+    /// A mirror has come to a domain.
+    pub(crate) fn mirror_has_come(&mut self) {
+        if let Way::Vtd(vtd) = &mut self.way {
+            vtd.settle();
+        }
     }
 
     /// The domain that an endpoint is attached to.
@@ -96,8 +169,10 @@ impl Guest {
 
     /// What went wrong since this was asked last.
     pub(crate) fn complaints(&mut self) -> Vec<String> {
-        if let Way::Virtio(virtio) = &mut self.way {
-            self.complaints.append(&mut virtio.complaints);
+        match &mut self.way {
+            Way::Direct(_) => {}
+            Way::Virtio(virtio) => self.complaints.append(&mut virtio.complaints),
+            Way::Vtd(vtd) => self.complaints.append(&mut vtd.complaints()),
         }
         core::mem::take(&mut self.complaints)
     }
@@ -107,6 +182,7 @@ impl Guest {
         match &self.way {
             Way::Direct(direct) => direct.tce.as_ref().map_or_else(ModelLine::direct, |tce| tce.line()),
             Way::Virtio(virtio) => virtio.line(),
+            Way::Vtd(vtd) => vtd.line(),
         }
     }
 
@@ -117,6 +193,7 @@ impl Guest {
                 self.complaints.extend(direct.tce.as_ref().and_then(|tce| tce.compare_counts()));
             }
             Way::Virtio(virtio) => virtio.compare_counts(),
+            Way::Vtd(vtd) => vtd.compare(),
         }
     }
 
@@ -129,13 +206,7 @@ impl Guest {
         match &mut self.way {
             Way::Direct(direct) => direct.add_endpoint(id, regions),
             Way::Virtio(virtio) => virtio.add_endpoint(id, regions),
-        }
-    }
-
-    /// The driver looks at an endpoint before it does anything with it.
-    pub(crate) fn probe(&mut self, id: u32) {
-        if let Way::Virtio(virtio) = &mut self.way {
-            virtio.probe(id);
+            Way::Vtd(vtd) => vtd.add_endpoint(id, &regions),
         }
     }
 
@@ -144,6 +215,7 @@ impl Guest {
         let gone = match &mut self.way {
             Way::Direct(_) => endpoint.remove().map_err(|error| error.to_string()),
             Way::Virtio(virtio) => virtio.remove_endpoint(id),
+            Way::Vtd(vtd) => vtd.remove_endpoint(id),
         };
         match gone {
             Ok(done) => self.settle(done),
@@ -157,7 +229,7 @@ impl Guest {
     pub(crate) fn eyes(&self, endpoint: &Endpoint) -> Option<Eyes> {
         let reader = endpoint.reader("replay")?;
         Some(match &self.way {
-            Way::Direct(_) => Eyes::Reader(reader),
+            Way::Direct(_) | Way::Vtd(_) => Eyes::Reader(reader),
             Way::Virtio(virtio) => virtio.eyes(reader),
         })
     }
@@ -181,12 +253,13 @@ impl Guest {
     pub(crate) fn attach(&mut self, id: u32, endpoint: &Endpoint, domain: u32, bypass: bool) -> Answer {
         let answer = match &mut self.way {
             // Where it is already, also if it is fenced there.
-            Way::Direct(_) if self.attached.get(&id) == Some(&domain) => Answer::Core(Ok(())),
+            Way::Direct(_) | Way::Vtd(_) if self.attached.get(&id) == Some(&domain) => Answer::Core(Ok(())),
             Way::Direct(direct) => {
                 let keeps = self.held.contains_key(&domain) || self.attached.values().any(|d| *d == domain);
                 direct.attach(endpoint, domain, bypass, keeps, &mut self.complaints)
             }
             Way::Virtio(virtio) => virtio.attach(id, domain, bypass),
+            Way::Vtd(vtd) => vtd.attach(id, domain, bypass),
         };
         if answer.is_ok() {
             let old = self.attached.insert(id, domain);
@@ -205,6 +278,7 @@ impl Guest {
         let answer = match &mut self.way {
             Way::Direct(direct) => direct.detach(endpoint, is_in, &mut self.complaints),
             Way::Virtio(virtio) => virtio.detach(id, domain),
+            Way::Vtd(vtd) => vtd.detach(id, is_in),
         };
         if is_in {
             self.attached.remove(&id);
@@ -219,10 +293,12 @@ impl Guest {
         if self.held.contains_key(&id) || self.attached.values().any(|domain| *domain == id) {
             return;
         }
-        if let Way::Direct(direct) = &mut self.way {
-            direct.end(id, &mut self.complaints);
+        match &mut self.way {
+            Way::Direct(direct) => direct.end(id, &mut self.complaints),
+            Way::Virtio(_) => {}
+            Way::Vtd(vtd) => vtd.end(id),
         }
-        if self.iommu.domain(id).is_some() {
+        if self.domain(id).is_some() {
             self.complaints.push(format!("domain {id} is still there after its last endpoint left"));
         }
     }
@@ -233,10 +309,11 @@ impl Guest {
             let stand_in = match &mut self.way {
                 Way::Direct(direct) => direct.make(domain).then_some(None),
                 Way::Virtio(virtio) => virtio.stand_in(domain).map(Some),
+                Way::Vtd(vtd) => vtd.stand_in(domain).map(Some),
             };
             self.held.insert(domain, stand_in?);
         }
-        self.iommu.domain(domain)
+        self.domain(domain)
     }
 
     /// Keeps a domain that would die when `leaving` leaves it.
@@ -251,8 +328,10 @@ impl Guest {
     /// Keeps it no longer.
     pub(crate) fn release(&mut self, domain: u32) {
         let Some(stand_in) = self.held.remove(&domain) else { return };
-        if let (Way::Virtio(virtio), Some(stand_in)) = (&mut self.way, stand_in) {
-            virtio.dismiss(stand_in, domain);
+        match (&mut self.way, stand_in) {
+            (Way::Virtio(virtio), Some(stand_in)) => virtio.dismiss(stand_in, domain),
+            (Way::Vtd(vtd), Some(stand_in)) => vtd.dismiss(stand_in),
+            _ => {}
         }
         self.left(Some(domain));
     }
@@ -261,6 +340,7 @@ impl Guest {
         match &mut self.way {
             Way::Direct(direct) => direct.map(id, domain, mapping, &mut self.complaints),
             Way::Virtio(virtio) => virtio.map(id, &mapping),
+            Way::Vtd(vtd) => vtd.map(id, domain, &mapping),
         }
     }
 
@@ -268,6 +348,7 @@ impl Guest {
         match &mut self.way {
             Way::Direct(direct) => direct.unmap(id, domain, range, &mut self.complaints),
             Way::Virtio(virtio) => virtio.unmap(id, range),
+            Way::Vtd(vtd) => vtd.unmap(id, domain, range),
         }
     }
 
@@ -286,6 +367,7 @@ impl Guest {
                 Err(error) => self.settle(error.completion),
             },
             Way::Virtio(virtio) => virtio.set_bypass(on),
+            Way::Vtd(vtd) => vtd.set_bypass(on),
         }
     }
 
@@ -301,6 +383,7 @@ impl Guest {
                 self.settle(done);
             }
             Way::Virtio(virtio) => virtio.reset(),
+            Way::Vtd(vtd) => vtd.reset(),
         }
         self.attached.clear();
         for (_, stand_in) in core::mem::take(&mut self.held) {

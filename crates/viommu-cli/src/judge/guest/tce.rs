@@ -78,7 +78,7 @@ impl Tce {
             })
         });
         let tables = TablesLine { hypercalls: self.answers.iter().flatten().sum(), codes: codes.collect() };
-        super::ModelLine { name: "spapr-tce", device: None, tables: Some(tables) }
+        super::ModelLine { name: "spapr-tce", device: None, tables: Some(tables), unit: None }
     }
 
     /// What the tables say they have answered, against what came.

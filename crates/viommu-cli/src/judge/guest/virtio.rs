@@ -17,6 +17,7 @@ use viommu_virtio::{Config, EndpointPlan, EventLimits, EventQueue, RequestQueue,
 use super::memory::{self, Eyes, RINGS, Ram, Sparse};
 use super::reply::{Answer, REQUESTS, Reply, STATUSES};
 use super::tce::TablesLine;
+use super::vtd::UnitLine;
 use super::{PATIENCE, settle};
 
 type Error = Box<dyn std::error::Error>;
@@ -53,6 +54,8 @@ pub(crate) struct ModelLine {
     pub(crate) device: Option<DeviceLine>,
     #[serde(flatten)]
     pub(crate) tables: Option<TablesLine>,
+    #[serde(flatten)]
+    pub(crate) unit: Option<UnitLine>,
 }
 
 /// What went between driver and device.
@@ -96,7 +99,7 @@ pub(crate) struct AccessLine {
 
 impl ModelLine {
     pub(crate) fn direct() -> Self {
-        Self { name: "direct", device: None, tables: None }
+        Self { name: "direct", device: None, tables: None, unit: None }
     }
 }
 
@@ -155,6 +158,7 @@ impl Virtio {
         ModelLine {
             name: "virtio-iommu",
             tables: None,
+            unit: None,
             device: Some(DeviceLine {
                 requests: self.answers.iter().flatten().sum(),
                 statuses: statuses.collect(),
