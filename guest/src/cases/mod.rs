@@ -1,6 +1,7 @@
 //! The cases: each a function here and a script in the guest.
 
 mod consumers;
+mod dpdk;
 mod firmware;
 mod hotplug;
 mod io;
@@ -9,6 +10,7 @@ mod load;
 mod own;
 mod passthrough;
 mod probe;
+mod proxy;
 mod reboot;
 mod refusals;
 mod vhost_user;
@@ -58,6 +60,7 @@ const fn alone(case: Case) -> Case {
 const LOAD: &str = "three disks and random numbers in three groups, two processors, under load";
 const IO: &str = "a file system, and our record beside the guest's own";
 const PROBE: &str = "a device driven through VFIO: DMA after unmap is blocked";
+const PROXY: &str = "devices of another process, which reaches what the guest maps and nothing else";
 const HOTPLUG: &str = "a device comes, is removed, and is found again";
 const REBOOT: &str = "a reboot and a kexec: no mapping survives";
 
@@ -76,12 +79,15 @@ pub(crate) const CASES: &[Case] = &[
     case("vhost-user-virtio", Iommu::VIRTIO, vhost_user::virtio, "the same behind QEMU's virtio-iommu"),
     on_own_kernel(case("iommufd", Iommu::VIRTIO, consumers::iommufd::run, "our iommufd binding on the guest's own iommufd: its mock IOMMU, and a device")),
     on_own_kernel(case("vdpa", Iommu::VIRTIO, consumers::vdpa::run, "our vhost-vDPA mirror on the guest's own simulators of a disk and a card")),
+    full(case("vhost-user-dpdk", Iommu::VIRTIO, dpdk::run, "our vhost-user front end, with DPDK's testpmd as the device: no guest")),
     case("strict", Iommu::VIRTIO, io::run, IO),
     case("lazy", Iommu::VIRTIO_LAZY, io::run, IO),
     case("vtd-io", Iommu::VTD, io::run, IO),
     case("vtd-lazy-io", Iommu::VTD_LAZY, io::run, IO),
     case("vtd-second-io", Iommu::VTD_SECOND, io::run, IO),
     case("vtd-first-io", Iommu::VTD_FIRST, io::run, IO),
+    case("proxy", Iommu::VIRTIO, proxy::run, PROXY),
+    case("vtd-proxy", Iommu::VTD, proxy::run, PROXY),
     case("probe", Iommu::VIRTIO, probe::run, PROBE),
     case("vtd-probe", Iommu::VTD, probe::run, PROBE),
     full(case("vtd-lazy-probe", Iommu::VTD_LAZY, probe::run, PROBE)),
