@@ -27,6 +27,8 @@ const AT_A_TIME: usize = 2;
 pub(crate) struct Lab {
     pub(crate) parts: Parts,
     pub(crate) viommu: PathBuf,
+    /// The disk that is a vhost-user back end.
+    pub(crate) vhost_user_blk: PathBuf,
     /// Longer runs under load.
     pub(crate) full: bool,
     /// Of the comparison with QEMU's VT-d: the first seed, and how many.
@@ -146,6 +148,7 @@ pub(crate) fn open(options: &Options) -> anyhow::Result<(Lab, File)> {
     let lab = Lab {
         parts,
         viommu: options.viommu.clone(),
+        vhost_user_blk: options.vhost_user_blk.clone(),
         full: options.full,
         seeds: (options.seed, options.cases),
         folder,

@@ -31,6 +31,9 @@ struct Options {
     /// The viommu program.
     #[arg(long)]
     viommu: PathBuf,
+    /// The disk that is a vhost-user back end.
+    #[arg(long)]
+    vhost_user_blk: PathBuf,
     /// The program that runs inside the guests, linked statically.
     #[arg(long)]
     inside: PathBuf,

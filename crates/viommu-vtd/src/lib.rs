@@ -30,6 +30,17 @@ mod context;
 mod cursor;
 pub mod dmar;
 mod faults;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+#[cfg_attr(
+    not(test),
+    expect(
+        clippy::arithmetic_side_effects,
+        clippy::indexing_slicing,
+        reason = "it panics when something is wrong"
+    )
+)]
+pub mod fuzzing;
 mod iotlb;
 mod log;
 mod memory;

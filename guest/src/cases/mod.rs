@@ -11,6 +11,7 @@ mod passthrough;
 mod probe;
 mod reboot;
 mod refusals;
+mod vhost_user;
 
 use crate::{iommu::Iommu, lab::Run};
 
@@ -64,6 +65,8 @@ pub(crate) const CASES: &[Case] = &[
     case("type1-intel", Iommu::VIRTIO, consumers::type1::intel, "our type1 mirror on the guest's own VFIO, under QEMU's VT-d"),
     case("type1-virtio", Iommu::VIRTIO, consumers::type1::virtio, "the same under QEMU's virtio-iommu"),
     case("type1-amd", Iommu::VIRTIO, consumers::type1::amd, "the same under QEMU's AMD-Vi"),
+    case("vhost-user-intel", Iommu::VIRTIO, vhost_user::intel, "our vhost-user back end behind QEMU's VT-d, QEMU the front end"),
+    case("vhost-user-virtio", Iommu::VIRTIO, vhost_user::virtio, "the same behind QEMU's virtio-iommu"),
     case("strict", Iommu::VIRTIO, io::run, IO),
     case("lazy", Iommu::VIRTIO_LAZY, io::run, IO),
     case("vtd-io", Iommu::VTD, io::run, IO),
@@ -95,7 +98,7 @@ fn differential(run: &Run<'_>) -> anyhow::Result<String> {
 }
 
 /// What the guests run, by name.
-pub(crate) const SCRIPTS: [(&str, &str); 8] = [
+pub(crate) const SCRIPTS: [(&str, &str); 9] = [
     ("bench", include_str!("../bench/bench.sh")),
     ("consumers", include_str!("consumers.sh")),
     ("hotplug", include_str!("hotplug.sh")),
@@ -104,6 +107,7 @@ pub(crate) const SCRIPTS: [(&str, &str); 8] = [
     ("probe", include_str!("probe.sh")),
     ("reboot", include_str!("reboot.sh")),
     ("switch", include_str!("switch.sh")),
+    ("vhost-user", include_str!("vhost_user.sh")),
 ];
 
 /// An option that puts a device behind the IOMMU.

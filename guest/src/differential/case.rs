@@ -6,8 +6,8 @@ use anyhow::{bail, ensure};
 use viommu_vtd::spec::register as r;
 
 use super::{
-    machine::{Machine, RAM, Record, SOURCES, Seen},
-    model::{Model, Outcome, Request},
+    machine::{Machine, PATTERN, RAM, Record, SOURCES, Seen},
+    model::{Model, Outcome, Request, Words as _},
     random::Random,
     tables::{CONTEXTS, INDICES, LEVELS, TABLE_BYTES, TABLES},
 };
@@ -471,13 +471,19 @@ impl Case<'_> {
                 places.push(*gpa);
             }
         }
-        let is_table = |at: u64| (TABLES..STATUS + 0x1000).contains(&at);
+        let is_table =
+            |at: u64| (TABLES..TABLES + TABLE_BYTES).contains(&at) || (QUEUE..STATUS + 0x1000).contains(&at);
         for (at, place) in places.iter().enumerate() {
-            // Told apart; tables stay as they are.
-            if !is_table(*place) {
-                let mark = 0x5a5a_0000_0000_0000 | self.tally.accesses << 8 | (at as u64) << 4;
-                self.machine.poke(*place, mark)?;
+            let mark = 0x5a5a_0000_0000_0000 | self.tally.accesses << 8 | (at as u64) << 4;
+            // Told apart; tables stay as they are, but for what a device has written there before.
+            match is_table(*place) {
+                true if memory.word(*place) == Some(PATTERN) => self.machine.poke(*place, 0)?,
+                true => {}
+                false => self.machine.poke(*place, mark)?,
             }
+        }
+        if self.model.allowed(&*memory, request) != allowed {
+            return Ok(());
         }
         let before = self.machine.peek(&places)?;
         let keeps = self.random.percent(10);

@@ -22,7 +22,7 @@ const UNIT: u64 = 0xfed9_0000;
 /// Where the devices' registers are put.
 const BARS: [u64; 3] = [0xe000_0000, 0xe010_0000, 0xe020_0000];
 /// What devices write: as an entry of a table it is not present.
-const PATTERN: u64 = 0x1234_5678_1234_5678;
+pub(super) const PATTERN: u64 = 0x1234_5678_1234_5678;
 /// The buffer of an `edu`, as it numbers it, and where the pattern is in it.
 const BUFFER: u64 = 0x4_0000;
 const BUFFER_PATTERN: u64 = 0xff8;

@@ -141,12 +141,12 @@ pub struct Reset {
 ///
 /// It has a lock of its own, taken before those of the [`Iommu`]: callbacks of subscribers must not call it.
 #[derive(Clone)]
-pub struct Vtd(Arc<Inner>);
+pub struct Vtd(pub(crate) Arc<Inner>);
 
 pub(crate) struct Inner {
     iommu: Iommu,
     config: Config,
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     faults: Arc<Faults>,
     wants: Arc<Wants>,
     control: Mutex<Control>,
