@@ -8,11 +8,12 @@ mod time;
 mod type1;
 mod vdpa;
 mod vfio;
+mod vhost;
 mod virtio;
 
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: inside probe BDF GROUP | load NAME DISK SEED THREADS BLOCKS WRITES SECONDS | time DISK BYTES COUNT | kexec KERNEL INITRAMFS WORDS | type1 BDF SEED | iommufd BDF SEED | vdpa SEED";
+const USAGE: &str = "usage: inside probe BDF GROUP | load NAME DISK SEED THREADS BLOCKS WRITES SECONDS | time DISK BYTES COUNT | kexec KERNEL INITRAMFS WORDS | type1 BDF SEED | iommufd BDF SEED | vdpa SEED | vhost-net SEED STEPS";
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
         ["type1", bdf, seed] => type1::run(bdf, seed),
         ["vdpa", seed] => vdpa::run(seed),
         ["iommufd", bdf, seed] => iommufd::run(bdf, seed),
+        ["vhost-net", seed, steps] => vhost::run(seed, steps),
         ["kexec", kernel, initramfs, words] => kexec::run(kernel, initramfs, words),
         _ => Err(USAGE.into()),
     };

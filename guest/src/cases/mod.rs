@@ -80,6 +80,7 @@ pub(crate) const CASES: &[Case] = &[
     on_own_kernel(case("iommufd", Iommu::VIRTIO, consumers::iommufd::run, "our iommufd binding on the guest's own iommufd: its mock IOMMU, and a device")),
     on_own_kernel(case("vdpa", Iommu::VIRTIO, consumers::vdpa::run, "our vhost-vDPA mirror on the guest's own simulators of a disk and a card")),
     full(case("vhost-user-dpdk", Iommu::VIRTIO, dpdk::run, "our vhost-user front end, with DPDK's testpmd as the device: no guest")),
+    case("vhost-net", Iommu::VIRTIO, consumers::vhost::net, "our vhost cache on the guest's own vhost-net, to a tap"),
     case("strict", Iommu::VIRTIO, io::run, IO),
     case("lazy", Iommu::VIRTIO_LAZY, io::run, IO),
     case("vtd-io", Iommu::VTD, io::run, IO),

@@ -4,6 +4,7 @@
 pub(super) mod iommufd;
 pub(super) mod type1;
 pub(super) mod vdpa;
+pub(super) mod vhost;
 
 use std::time::Duration;
 
@@ -60,6 +61,8 @@ impl Unit {
 pub(super) struct Program<'a> {
     /// The IOMMU of its machine.
     pub(super) unit: Unit,
+    /// Processors of the machine.
+    pub(super) processors: u32,
     /// QEMU's arguments for the devices.
     pub(super) devices: &'a [&'a str],
     /// The kernel's modules that are loaded: each must be among those of `initramfs`.
@@ -86,7 +89,8 @@ impl Program<'_> {
             self.words.join(",")
         );
         let config = Config::new("consumers").append(&append);
-        let config = Config { limit: LIMIT + Duration::from_secs(60), ..config };
+        let processors = self.processors;
+        let config = Config { limit: LIMIT + Duration::from_secs(60), processors, ..config };
         let config =
             config.arguments(["-device", self.unit.device()]).arguments(self.devices.iter().copied());
         run.start(&config, self.unit.name())
