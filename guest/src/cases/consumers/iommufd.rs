@@ -15,6 +15,7 @@ pub(in crate::cases) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     let bdf = format!("0000:{EDU}");
     let program = Program {
         unit: Unit::Intel,
+        processors: 1,
         devices: &["-device", "edu,addr=4,dma_mask=0xffffffffffff"],
         modules: &[],
         vfio: &[EDU],

@@ -9,8 +9,14 @@ use crate::lab::Run;
 const SEED: &str = "1";
 
 pub(in crate::cases) fn run(run: &Run<'_>) -> anyhow::Result<String> {
-    let program =
-        Program { unit: Unit::Intel, devices: &[], modules: &[], vfio: &[], words: &["vdpa", SEED] };
+    let program = Program {
+        unit: Unit::Intel,
+        processors: 1,
+        devices: &[],
+        modules: &[],
+        vfio: &[],
+        words: &["vdpa", SEED],
+    };
     let vm = program.run(run)?;
     let said = vm.said_lines("VDPA");
     let part = |name: &str| said.iter().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
