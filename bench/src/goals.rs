@@ -281,13 +281,19 @@ fn g17(run: &mut Run) -> Rows {
 
 /// An event on its way to a consumer's host: what is left when the host's own call costs nothing.
 fn c1(run: &mut Run) -> Rows {
-    let pair = run.ours(Work::Type1, "pair", Pick::Min)?;
-    let event = Value { value: pair.value / 2.0, noise: pair.noise };
-    let what = "an event through the type1 mirror, less its call".to_owned();
-    let event = Row::new("C1", what, "ns", AtMost(200.0), event);
-    let what = "a mapping replayed into the type1 mirror, less its call".to_owned();
-    let replay = run.row(("C1", what), (Work::Type1, "replay"), ("ns", AtMost(200.0)), &[])?;
-    Ok(vec![event.done(), replay.done()])
+    let mut rows = Vec::new();
+    for (work, name) in
+        [(Work::Type1, "type1 mirror"), (Work::Iommufd, "iommufd binding"), (Work::Vdpa, "vhost-vDPA mirror")]
+    {
+        let pair = run.ours(work, "pair", Pick::Min)?;
+        let event = Value { value: pair.value / 2.0, noise: pair.noise };
+        let what = format!("an event through the {name}, less its call");
+        rows.push(Row::new("C1", what, "ns", AtMost(200.0), event).done());
+        let what = format!("a mapping replayed into the {name}, less its call");
+        let replay = run.row(("C1", what), (work, "replay"), ("ns", AtMost(200.0)), &[])?;
+        rows.push(replay.done());
+    }
+    Ok(rows)
 }
 
 fn v1(run: &mut Run) -> Rows {

@@ -105,6 +105,17 @@ impl Run<'_> {
         Server::start(&self.lab.viommu, &sockets, &options, vm::MEMORY, &self.folder, name)
     }
 
+    /// Starts another server, of what `options` say alone; gives the folder of its sockets too.
+    ///
+    /// # Errors
+    ///
+    /// If it ends instead of being ready.
+    pub(crate) fn serve_plainly(&self, options: &[String], name: &str) -> anyhow::Result<(Server, PathBuf)> {
+        let sockets = self.sockets.path().join(name);
+        let server = Server::start(&self.lab.viommu, &sockets, options, vm::MEMORY, &self.folder, name)?;
+        Ok((server, sockets))
+    }
+
     /// Starts a machine whose devices are a server's.
     ///
     /// # Errors

@@ -62,15 +62,32 @@ pub(crate) enum Work {
     Ring,
     /// The type1 mirror over a kernel that does nothing.
     Type1,
+    /// The iommufd binding over a kernel that does nothing.
+    Iommufd,
+    /// The vhost-vDPA mirror over a device that does nothing.
+    Vdpa,
 }
 
 impl Work {
     /// Whether it takes some seconds at most and is about time of one thread.
     pub(crate) fn is_short(self) -> bool {
-        use Work::{Attach, Big, Dispatch, EmptyReplay, Guard, Huge, IdleReaders, Ring, Small, Type1};
+        use Work::{
+            Attach, Big, Dispatch, EmptyReplay, Guard, Huge, IdleReaders, Iommufd, Ring, Small, Type1, Vdpa,
+        };
         matches!(
             self,
-            Small | Big | Huge | Dispatch | IdleReaders | Guard | Attach | EmptyReplay | Ring | Type1
+            Small
+                | Big
+                | Huge
+                | Dispatch
+                | IdleReaders
+                | Guard
+                | Attach
+                | EmptyReplay
+                | Ring
+                | Type1
+                | Iommufd
+                | Vdpa
         )
     }
 }
@@ -147,6 +164,8 @@ pub(crate) fn run(work: Work, who: Who, effort: Effort, wanted: &[String]) -> an
         (Work::EmptyReplay, Who::Viommu) => alone::empty_replay(effort),
         (Work::Ring, Who::Viommu) => ring::ours(effort),
         (Work::Type1, Who::Viommu) => consumers::type1(effort),
+        (Work::Iommufd, Who::Viommu) => consumers::iommufd(effort),
+        (Work::Vdpa, Who::Viommu) => consumers::vdpa(effort),
         _ => anyhow::bail!("{} does not do that", who.name()),
     }
 }

@@ -3,8 +3,11 @@
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use rustix::io::Errno;
+
 use crate::memory::{Window, Windows};
 use crate::server::{Interrupts, Link};
+use crate::spec::{IrqAction, IrqFlags};
 
 /// Regions of a function that exist and may be accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,6 +16,43 @@ pub enum Region {
     Bar(u8),
     /// Configuration space.
     Config,
+}
+
+/// A file that a region lies in: the client may map it, and reach the region without a message.
+#[derive(Clone, Debug)]
+pub struct RegionFile {
+    /// The descriptor that is handed out.
+    pub file: Arc<OwnedFd>,
+    /// Where the region begins in it.
+    pub offset: u64,
+    /// What of the region may be mapped: all of it, where none is named.
+    pub areas: Vec<Area>,
+}
+
+/// A piece of a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Area {
+    /// Where in the region.
+    pub offset: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// What DEVICE_SET_IRQS asks for.
+#[derive(Debug)]
+pub struct IrqRequest<'a> {
+    /// Which kind of interrupt.
+    pub index: u32,
+    /// What with: one kind of data, one action, if the client keeps to the protocol.
+    pub action: IrqAction,
+    /// The first of them.
+    pub start: u32,
+    /// How many.
+    pub count: u32,
+    /// A byte each.
+    pub data: &'a [u8],
+    /// A descriptor each; nobody has looked whether they are eventfds.
+    pub events: Vec<OwnedFd>,
 }
 
 /// A piece of a BAR whose writes may come as events, so that the client's hypervisor need not tell them.
@@ -36,16 +76,36 @@ pub struct Doorbell {
 /// All methods are called on the server's thread, one at a time. While one runs the client waits, and with it perhaps a
 /// virtual CPU: long work belongs elsewhere.
 pub trait Function: Send {
-    /// Bytes of each BAR, 0 for those that do not exist. Constant.
+    /// Bytes of each BAR, 0 for those that do not exist. Constant while a client is there.
     fn bars(&self) -> [u64; 6];
 
-    /// Bytes of configuration space: 256 or 4096. Constant.
+    /// Bytes of configuration space: 256 or 4096. Constant while a client is there.
     fn config_size(&self) -> u64 {
         256
     }
 
+    /// The file of a region that the client may map.
+    fn region_file(&self, region: Region) -> Option<RegionFile> {
+        let _unused = region;
+        None
+    }
+
     /// Its interrupts: the server sets them as the client says, the function raises them.
     fn interrupts(&self) -> &Interrupts;
+
+    /// Flags and number of a kind of interrupts, if there is such a kind. Of a function that passes on somebody else's.
+    fn irq_info(&self, index: u32) -> Option<(IrqFlags, u32)> {
+        self.interrupts().info(index)
+    }
+
+    /// The client sets interrupts up. Of a function that passes on somebody else's.
+    ///
+    /// # Errors
+    /// What the client is told.
+    fn set_irqs(&mut self, request: IrqRequest<'_>) -> Result<(), Errno> {
+        let IrqRequest { index, action, start, count, data, events } = request;
+        self.interrupts().set(index, action, start, count, data, events)
+    }
 
     /// The windows that its client gives: the server fills and clears them.
     fn windows(&self) -> &Windows;

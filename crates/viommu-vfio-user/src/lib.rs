@@ -63,7 +63,7 @@ mod server;
 pub mod spec;
 pub mod virtio;
 
-pub use function::{Doorbell, Function, Region};
+pub use function::{Area, Doorbell, Function, IrqRequest, Region, RegionFile};
 pub use memory::{WindowLimits, Windows};
 pub use server::{BindError, Interrupts, Link, PrivateListener, Server, Stopper};
 pub use virtio::{Device, VirtioFunction};

@@ -9,6 +9,7 @@ mod load;
 mod own;
 mod passthrough;
 mod probe;
+mod proxy;
 mod reboot;
 mod refusals;
 mod vhost_user;
@@ -51,6 +52,7 @@ const fn alone(case: Case) -> Case {
 const LOAD: &str = "three disks and random numbers in three groups, two processors, under load";
 const IO: &str = "a file system, and our record beside the guest's own";
 const PROBE: &str = "a device driven through VFIO: DMA after unmap is blocked";
+const PROXY: &str = "devices of another process, which reaches what the guest maps and nothing else";
 const HOTPLUG: &str = "a device comes, is removed, and is found again";
 const REBOOT: &str = "a reboot and a kexec: no mapping survives";
 
@@ -73,6 +75,8 @@ pub(crate) const CASES: &[Case] = &[
     case("vtd-lazy-io", Iommu::VTD_LAZY, io::run, IO),
     case("vtd-second-io", Iommu::VTD_SECOND, io::run, IO),
     case("vtd-first-io", Iommu::VTD_FIRST, io::run, IO),
+    case("proxy", Iommu::VIRTIO, proxy::run, PROXY),
+    case("vtd-proxy", Iommu::VTD, proxy::run, PROXY),
     case("probe", Iommu::VIRTIO, probe::run, PROBE),
     case("vtd-probe", Iommu::VTD, probe::run, PROBE),
     full(case("vtd-lazy-probe", Iommu::VTD_LAZY, probe::run, PROBE)),

@@ -15,12 +15,15 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "[vtd@]BDF", default_value = "00:01.0")]
     pub(crate) iommu: String,
     /// A device behind the IOMMU: BDF=blk:FILE[,ro][,queues=N] is a disk (FILE is a raw image), BDF=rng a source of
-    /// random numbers. FIRST-LAST=hotplug: devices can be plugged in there later (`viommu plug`)
+    /// random numbers, BDF=proxy:SOCKET a device of another process that listens there (vfio-user), which reaches what the guest mapped. FIRST-LAST=hotplug: devices can be plugged in there later (`viommu plug`)
     #[arg(long = "endpoint", value_name = "BDF=DEVICE")]
     pub(crate) endpoints: Vec<String>,
     /// Serves the devices without an IOMMU before them
     #[arg(long, conflicts_with_all = ["iommu", "bypass", "page_sizes", "reserved", "aperture", "max_mappings", "max_domains", "record"])]
     pub(crate) no_iommu: bool,
+    /// The devices say that they are behind an IOMMU (VIRTIO_F_ACCESS_PLATFORM), which is somebody else's: another `viommu serve`, as its proxy
+    #[arg(long, requires = "no_iommu")]
+    pub(crate) access_platform: bool,
     /// Whether devices that the guest has attached to nothing reach its memory, as firmware needs it
     #[arg(long, value_enum, default_value_t)]
     pub(crate) bypass: Switch,
@@ -83,5 +86,7 @@ mod tests {
             assert!(parse(&["--no-iommu", more[0], more[1]]).is_err(), "{more:?}");
         }
         assert!(parse(&["--max-mappings", "0"]).is_err());
+        assert!(parse(&["--access-platform"]).is_err());
+        assert!(parse(&["--access-platform", "--no-iommu"]).is_ok());
     }
 }

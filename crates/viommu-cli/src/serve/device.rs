@@ -1,4 +1,4 @@
-//! What a device behind the IOMMU is: `blk:FILE[,ro][,queues=N]`, `rng`.
+//! What a device behind the IOMMU is: `blk:FILE[,ro][,queues=N]`, `rng`, `proxy:SOCKET`.
 
 use core::fmt;
 use std::fs::OpenOptions;
@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 const QUEUES: u16 = 64;
 /// Bytes: what a disk is made of.
 const SECTOR: u64 = 512;
+/// Bytes of a socket's path that the kernel takes (`sun_path`), with the NUL at its end.
+pub(super) const SUN_PATH: usize = 108;
 
 /// A device, not made yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +25,11 @@ pub(crate) enum Kind {
     },
     /// virtio-rng.
     Rng,
+    /// Another process's, over vfio-user.
+    Proxy {
+        /// Where that process listens.
+        socket: PathBuf,
+    },
 }
 
 impl Kind {
@@ -37,7 +44,9 @@ impl Kind {
             ("rng", Some(_)) => Err("rng takes nothing more".into()),
             ("blk", Some(rest)) => Self::blk(rest),
             ("blk", None) => Err("a disk needs its image: blk:FILE".into()),
-            _ => Err(format!("{name:?} is no device: blk:FILE[,ro][,queues=N] and rng are")),
+            ("proxy", Some(socket)) if !socket.is_empty() => Ok(Self::Proxy { socket: socket.into() }),
+            ("proxy", _) => Err("a proxy needs the socket of its device: proxy:SOCKET".into()),
+            _ => Err(format!("{name:?} is no device: blk:FILE[,ro][,queues=N], rng and proxy:SOCKET are")),
         }
     }
 
@@ -70,22 +79,51 @@ impl Kind {
     /// # Errors
     /// There is no working directory.
     pub(crate) fn absolute(self) -> Result<Self, String> {
+        let absolute =
+            |file: PathBuf| std::path::absolute(&file).map_err(|why| format!("{}: {why}", file.display()));
         match self {
             Self::Blk { file, read_only, queues } => {
-                let file = std::path::absolute(&file).map_err(|why| format!("{}: {why}", file.display()))?;
-                Ok(Self::Blk { file, read_only, queues })
+                Ok(Self::Blk { file: absolute(file)?, read_only, queues })
             }
             Self::Rng => Ok(self),
+            Self::Proxy { socket } => Ok(Self::Proxy { socket: absolute(socket)? }),
         }
     }
 
     /// Whether it can be made now.
     ///
     /// # Errors
-    /// A disk whose image cannot be opened as it must be, or is none.
+    /// A disk whose image cannot be opened as it must be, or is none; a proxy's socket that is something else. One that is not
+    /// there yet may come.
     pub(crate) fn check(&self) -> Result<(), String> {
-        let Self::Blk { file, read_only, .. } = self else { return Ok(()) };
-        check_image(file, *read_only).map_err(|why| format!("{}: {why}", file.display()))
+        match self {
+            Self::Blk { file, read_only, .. } => {
+                check_image(file, *read_only).map_err(|why| format!("{}: {why}", file.display()))
+            }
+            Self::Rng => Ok(()),
+            Self::Proxy { socket } => {
+                check_socket(socket).map_err(|why| format!("{}: {why}", socket.display()))
+            }
+        }
+    }
+
+    /// Whether what the guest maps must be known, so that another process can be told.
+    pub(crate) fn mirrors(&self) -> bool {
+        matches!(self, Self::Proxy { .. })
+    }
+}
+
+fn check_socket(socket: &Path) -> Result<(), String> {
+    use std::os::unix::fs::FileTypeExt;
+    let bytes = std::path::absolute(socket).map_err(|why| why.to_string())?.as_os_str().len();
+    if bytes >= SUN_PATH {
+        return Err(format!("it has {bytes} bytes, and paths of sockets have room for {}", SUN_PATH - 1));
+    }
+    match std::fs::metadata(socket) {
+        Ok(found) if !found.file_type().is_socket() => Err("it is no socket".into()),
+        Ok(_) => Ok(()),
+        Err(why) if why.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(why) => Err(why.to_string()),
     }
 }
 
@@ -129,6 +167,7 @@ impl fmt::Display for Kind {
                 Ok(())
             }
             Self::Rng => f.write_str("rng"),
+            Self::Proxy { socket } => write!(f, "proxy:{}", socket.display()),
         }
     }
 }
@@ -139,7 +178,14 @@ mod tests {
 
     #[test]
     fn parse_reads_what_display_writes() {
-        for text in ["rng", "blk:disk.img", "blk:/a b:c,ro", "blk:x,queues=4", "blk:x,ro,queues=64"] {
+        for text in [
+            "rng",
+            "proxy:/run/a b,c:1",
+            "blk:disk.img",
+            "blk:/a b:c,ro",
+            "blk:x,queues=4",
+            "blk:x,ro,queues=64",
+        ] {
             assert_eq!(Kind::parse(text).unwrap().to_string(), text);
         }
     }
@@ -150,6 +196,8 @@ mod tests {
             ("", "is no device"),
             ("net:tap=x", "\"net\" is no device"),
             ("rng:x", "nothing more"),
+            ("proxy", "needs the socket"),
+            ("proxy:", "needs the socket"),
             ("blk", "needs its image"),
             ("blk:", "needs its image"),
             ("blk:,ro", "needs its image"),
@@ -161,6 +209,19 @@ mod tests {
             let said = Kind::parse(text).unwrap_err();
             assert!(said.contains(why), "{text:?}: {said}");
         }
+    }
+
+    #[test]
+    fn check_of_a_proxys_socket_wants_one_or_nothing_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| Kind::Proxy { socket: directory.path().join(name) };
+        assert_eq!(at("later").check(), Ok(()));
+        std::fs::write(directory.path().join("file"), "").unwrap();
+        assert!(at("file").check().unwrap_err().contains("no socket"));
+        assert!(at("file/below").check().is_err());
+        assert!(at(&"x".repeat(100)).check().unwrap_err().contains("room for 107"));
+        let _listener = std::os::unix::net::UnixListener::bind(directory.path().join("socket")).unwrap();
+        assert_eq!(at("socket").check(), Ok(()));
     }
 
     #[test]

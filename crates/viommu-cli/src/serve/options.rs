@@ -11,7 +11,7 @@ use viommu_virtio::viot::Bdf;
 use viommu_vtd::Stage;
 
 use super::args::{Serve, Switch};
-use super::device::Kind;
+use super::device::{Kind, SUN_PATH};
 use super::qemu;
 
 /// Bytes: what reserved regions and apertures are made of, and the smallest page there can be.
@@ -20,8 +20,6 @@ const PAGE: u64 = 4096;
 const MEBI: u64 = 1 << 20;
 /// Where x86 devices write interrupts.
 const X86_MSI: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
-/// Bytes of a socket's path that the kernel takes (`sun_path`), with the NUL at its end.
-const SUN_PATH: usize = 108;
 /// Regions that the properties of an endpoint have room for: 24 bytes each, 64 KiB in all.
 const REGIONS: usize = 2730;
 
@@ -63,6 +61,8 @@ pub(crate) struct ServePlan {
     pub(crate) memory: u64,
     /// Takes memory that its owner can shrink.
     pub(crate) allow_unsealed_memory: bool,
+    /// Without an IOMMU: devices say that they are behind one.
+    pub(crate) access_platform: bool,
 }
 
 /// The IOMMU.
@@ -206,7 +206,13 @@ impl ServePlan {
             record: args.record.clone(),
             memory,
             allow_unsealed_memory: args.allow_unsealed_memory,
+            access_platform: args.access_platform,
         };
+        for Device { address, kind } in &plan.devices {
+            if let Some(why) = plan.cannot_serve(kind) {
+                return Err(refused("--endpoint", format!("{address}={kind}"), why));
+            }
+        }
         qemu::check(&plan)?;
         Ok(Self { socket_dir: socket_dir(&args.socket_dir)?, ..plan })
     }
@@ -236,6 +242,20 @@ impl ServePlan {
         match &self.iommu {
             Some(IommuPlan { model: Model::Vtd(_), .. }) => self.socket_dir.join("dmar.bin"),
             _ => self.viot_file(),
+        }
+    }
+
+    /// Why that device cannot be behind this IOMMU, if so.
+    pub(crate) fn cannot_serve(&self, kind: &Kind) -> Option<&'static str> {
+        let Some(IommuPlan { model: Model::Vtd(vtd), .. }) = &self.iommu else { return None };
+        match (kind.mirrors() && !vtd.config().announces(), vtd.caching_mode) {
+            (false, _) => None,
+            (true, true) => Some(
+                "in first-stage tables a driver does not say what it maps, and the device's process must be told",
+            ),
+            (true, false) => Some(
+                "without caching mode a driver does not say what it maps, and the device's process must be told",
+            ),
         }
     }
 

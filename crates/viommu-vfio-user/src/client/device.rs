@@ -6,6 +6,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::Client;
 use super::error::ClientError;
+use crate::function::Area;
 use crate::spec::{
     self, CAP_SPARSE_MMAP, CapHeader, Command, IrqAction, IrqFlags, IrqSet, RegionAccess, RegionFlags,
     SparseArea, SparseMmap,
@@ -46,15 +47,6 @@ pub struct RegionInfo {
     pub file: Option<OwnedFd>,
     /// What of the region may be mapped: all of it, where none is named.
     pub areas: Vec<Area>,
-}
-
-/// A piece of a region.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Area {
-    /// Where in the region.
-    pub offset: u64,
-    /// Bytes.
-    pub size: u64,
 }
 
 /// What DEVICE_GET_IRQ_INFO says.

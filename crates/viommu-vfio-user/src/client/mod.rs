@@ -30,8 +30,9 @@ use std::time::Duration;
 
 use connection::Connection;
 
+pub use crate::function::Area;
 pub use crate::spec::{IrqAction, IrqFlags};
-pub use device::{Area, DeviceInfo, IrqInfo, RegionInfo};
+pub use device::{DeviceInfo, IrqInfo, RegionInfo};
 pub use dma::{DeviceMemory, NoMemory, SeenThrough};
 pub use error::ClientError;
 pub use mirror::{Handle, Mirror, MirrorOptions, NoFile};

@@ -19,7 +19,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::function::{Doorbell, Function, Region};
-use crate::memory::{PAGE, WindowLimits, Windows};
+use crate::memory::{Memory, PAGE, WindowLimits, Windows};
 use crate::message;
 use crate::server::session::{Outcome, Session};
 use crate::server::{Link, clean, exchange};
@@ -260,11 +260,15 @@ impl World {
         for (window, next) in list.iter().zip(list.iter().skip(1)) {
             assert!(window.address + (window.size - 1) < next.address, "{window:x?} {next:x?}");
         }
-        let memory = self.windows().memory();
-        let reached: Vec<_> = memory.iter().map(|region| (region.start_addr().0, region.len())).collect();
-        let with = list.iter().filter(|window| window.memory).map(|window| (window.address, window.size));
-        let with: Vec<_> = with.collect();
-        assert_eq!(reached, with);
+        let reached = |memory: &Memory| -> Vec<_> {
+            memory.iter().map(|region| (region.start_addr().0, region.len())).collect()
+        };
+        let with = list.iter().filter(|window| window.memory);
+        let writable = with.clone().filter(|window| !window.read_only);
+        let writable: Vec<_> = writable.map(|window| (window.address, window.size)).collect();
+        assert_eq!(reached(&self.windows().memory()), writable);
+        let with: Vec<_> = with.map(|window| (window.address, window.size)).collect();
+        assert_eq!(reached(&self.windows().with_read_only().memory()), with);
         assert!(with.iter().map(|(_, size)| size).sum::<u64>() <= LIMITS.bytes);
         let known = &self.function.device().known;
         assert!(known.len() == list.len() && list.iter().all(|window| known.contains(window)));

@@ -42,22 +42,24 @@ impl Default for WindowLimits {
 /// As a `GuestAddressSpace` it is the client's memory, untranslated. What [`GuestAddressSpace::memory`] returned keeps
 /// the windows of that moment, so nobody keeps it for longer than a batch: [`Windows::unmap`] waits for it.
 ///
-/// A window that comes without a descriptor, or that the device may only read, is kept in the books, so that it can be
-/// unmapped, and is reached by no device.
+/// A window that comes without a descriptor is kept in the books, so that it can be unmapped, and is reached by no device.
+/// One that devices may only read is not in here, but in [`Windows::with_read_only`].
 #[derive(Clone, Debug)]
 pub struct Windows(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     memory: GuestMemoryAtomic<Memory>,
+    /// With windows that may only be read.
+    all: GuestMemoryAtomic<Memory>,
     limits: WindowLimits,
     books: Mutex<Books>,
 }
 
 #[derive(Debug, Default)]
 struct Books {
-    /// Start to bytes, and what says that it is gone; none where there is no memory.
-    windows: BTreeMap<u64, (u64, Option<Latch>)>,
+    /// By their start.
+    windows: BTreeMap<u64, Entry>,
     /// Bytes of those with memory.
     bytes: u64,
     /// By device and inode: windows of one file share its descriptor.
@@ -90,14 +92,51 @@ pub struct Window {
     pub size: u64,
     /// Whether devices reach it.
     pub memory: bool,
+    /// Whether they may only read it.
+    pub read_only: bool,
+}
+
+/// What the books have of a window.
+#[derive(Clone, Debug)]
+struct Entry {
+    size: u64,
+    /// What says that it is gone; none where there is no memory.
+    latch: Option<Latch>,
+    read_only: bool,
+}
+
+impl Entry {
+    fn window(&self, address: u64) -> Window {
+        Window { address, size: self.size, memory: self.latch.is_some(), read_only: self.read_only }
+    }
+}
+
+/// All windows with memory, those that may only be read among them: for those who hold who may write where elsewhere, as an
+/// endpoint's view does over backing that is a ROM. Nothing here keeps them from writing. A handle, as [`Windows`] is.
+#[derive(Clone, Debug)]
+pub struct AllWindows(Windows);
+
+impl GuestAddressSpace for AllWindows {
+    type M = Memory;
+    type T = GuestMemoryLoadGuard<Memory>;
+
+    fn memory(&self) -> Self::T {
+        self.0.0.all.memory()
+    }
 }
 
 impl Windows {
     /// No windows yet.
     #[must_use]
     pub fn new(limits: WindowLimits) -> Self {
-        let memory = GuestMemoryAtomic::new(Memory::default());
-        Self(Arc::new(Shared { memory, limits, books: Mutex::default() }))
+        let memory = || GuestMemoryAtomic::new(Memory::default());
+        Self(Arc::new(Shared { memory: memory(), all: memory(), limits, books: Mutex::default() }))
+    }
+
+    /// These, and windows that may only be read.
+    #[must_use]
+    pub fn with_read_only(&self) -> AllWindows {
+        AllWindows(self.clone())
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
@@ -108,12 +147,7 @@ impl Windows {
     /// What there is, ascending.
     #[must_use]
     pub fn list(&self) -> Vec<Window> {
-        let window = |(address, (size, latch)): (&u64, &(u64, Option<Latch>))| Window {
-            address: *address,
-            size: *size,
-            memory: latch.is_some(),
-        };
-        self.books().windows.iter().map(window).collect()
+        self.books().windows.iter().map(|(address, entry)| entry.window(*address)).collect()
     }
 
     /// DMA_MAP: adds a window. Gives whether devices reach it.
@@ -139,30 +173,56 @@ impl Windows {
         let last = last.filter(|_| pages).ok_or(WindowError::Unaligned)?;
         let mut books = self.books();
         let below = books.windows.range(..=last).next_back();
-        if below.is_some_and(|(start, (bytes, _))| start.saturating_add(bytes.saturating_sub(1)) >= address) {
+        if below.is_some_and(|(start, entry)| start.saturating_add(entry.size.saturating_sub(1)) >= address) {
             return Err(WindowError::Overlap);
         }
         if books.windows.len() >= self.0.limits.windows {
             return Err(WindowError::TooMany(self.0.limits.windows));
         }
-        let writable = flags.contains(DmaFlags::READ | DmaFlags::WRITE);
-        let latch = match file.filter(|_| writable) {
+        // One that may only be written can be read all the same: memory of a process is not made so.
+        let read_only = flags & (DmaFlags::READ | DmaFlags::WRITE) == DmaFlags::READ;
+        let reached = flags.intersects(DmaFlags::READ | DmaFlags::WRITE);
+        let latch = match file.filter(|_| reached) {
             None => None,
-            Some(file) => {
-                let WindowLimits { files, bytes, allow_unsealed, .. } = self.0.limits;
-                let total = books.bytes.checked_add(size).filter(|total| *total <= bytes);
-                let total = total.ok_or(WindowError::TooMuch(bytes))?;
-                let file = books.share(file, files)?;
-                let (region, latch) = Region::map(file, offset, address, size, allow_unsealed)?;
-                let added = self.0.memory.memory().insert_region(Arc::new(region));
-                self.replace(added.map_err(|_| WindowError::Overlap)?);
-                books.bytes = total;
-                Some(latch)
-            }
+            Some(file) => match self.insert(&mut books, file, offset, address, size, read_only) {
+                Ok(latch) => Some(latch),
+                // What is only read may be a file of any kind: a client that sends its ROMs goes on.
+                Err(_) if read_only => None,
+                Err(error) => return Err(error),
+            },
         };
-        let memory = latch.is_some();
-        books.windows.insert(address, (size, latch));
-        Ok(Window { address, size, memory })
+        let entry = Entry { size, latch, read_only };
+        let window = entry.window(address);
+        books.windows.insert(address, entry);
+        Ok(window)
+    }
+
+    fn insert(
+        &self,
+        books: &mut Books,
+        file: File,
+        offset: u64,
+        address: u64,
+        size: u64,
+        read_only: bool,
+    ) -> Result<Latch, WindowError> {
+        let WindowLimits { files, bytes, allow_unsealed, .. } = self.0.limits;
+        let total = books.bytes.checked_add(size).filter(|total| *total <= bytes);
+        let total = total.ok_or(WindowError::TooMuch(bytes))?;
+        let file = books.share(file, files)?;
+        let (region, latch) = Region::map(file, offset, address, size, allow_unsealed)?;
+        let region = Arc::new(region);
+        for space in self.spaces(read_only) {
+            let added = space.memory().insert_region(region.clone()).map_err(|_| WindowError::Overlap)?;
+            replace(space, added);
+        }
+        books.bytes = total;
+        Ok(latch)
+    }
+
+    /// Where a window of that kind is found.
+    fn spaces(&self, read_only: bool) -> impl Iterator<Item = &GuestMemoryAtomic<Memory>> {
+        [&self.0.all].into_iter().chain((!read_only).then_some(&self.0.memory))
     }
 
     /// DMA_UNMAP: takes away the window with exactly these bounds. `between` is called when devices cannot find it any
@@ -171,23 +231,25 @@ impl Windows {
     /// # Errors
     /// [`WindowError::Unknown`]; nothing has changed then.
     pub fn unmap(&self, address: u64, size: u64, between: impl FnOnce(Window)) -> Result<(), WindowError> {
-        let latch = {
+        let entry = {
             let mut books = self.books();
-            let known = books.windows.get(&address).is_some_and(|(bytes, _)| *bytes == size);
+            let known = books.windows.get(&address).is_some_and(|entry| entry.size == size);
             let gone = known.then(|| books.windows.remove(&address)).flatten();
-            let (_, latch) = gone.ok_or(WindowError::Unknown)?;
-            if latch.is_some() {
+            let entry = gone.ok_or(WindowError::Unknown)?;
+            if entry.latch.is_some() {
                 books.bytes = books.bytes.saturating_sub(size);
-                let memory = self.0.memory.memory();
-                if let Ok((rest, region)) = memory.remove_region(vm_memory::GuestAddress(address), size) {
-                    drop((memory, region));
-                    self.replace(rest);
+                for space in self.spaces(entry.read_only) {
+                    let memory = space.memory();
+                    if let Ok((rest, region)) = memory.remove_region(vm_memory::GuestAddress(address), size) {
+                        drop((memory, region));
+                        replace(space, rest);
+                    }
                 }
             }
-            latch
+            entry
         };
-        between(Window { address, size, memory: latch.is_some() });
-        if let Some(latch) = latch {
+        between(entry.window(address));
+        if let Some(latch) = entry.latch {
             latch.wait();
         }
         Ok(())
@@ -200,11 +262,11 @@ impl Windows {
             let _gone = self.unmap(address, size, &mut between);
         }
     }
+}
 
-    fn replace(&self, memory: Memory) {
-        // Nothing can panic under this lock; what is replaced is whole.
-        self.0.memory.lock().unwrap_or_else(PoisonError::into_inner).replace(memory);
-    }
+fn replace(space: &GuestMemoryAtomic<Memory>, memory: Memory) {
+    // Nothing can panic under this lock; what is replaced is whole.
+    space.lock().unwrap_or_else(PoisonError::into_inner).replace(memory);
 }
 
 impl GuestAddressSpace for Windows {

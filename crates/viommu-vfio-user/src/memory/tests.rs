@@ -1,5 +1,6 @@
 use std::fs::read_to_string;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
@@ -35,7 +36,7 @@ fn window_when_mapped_is_the_clients_memory_at_its_address() {
     let file = memfd("at-its-address", 4, true);
     let own = file.try_clone().unwrap();
     let window = windows.map(RW, Some(file), PAGE, 0x10_0000, 2 * PAGE).unwrap();
-    assert_eq!(window, Window { address: 0x10_0000, size: 2 * PAGE, memory: true });
+    assert_eq!(window, Window { address: 0x10_0000, size: 2 * PAGE, memory: true, read_only: false });
     assert_eq!(windows.list(), [window]);
 
     let memory = windows.memory();
@@ -266,10 +267,11 @@ fn memory_when_it_cannot_be_written_is_refused() {
 fn window_without_memory_is_reached_by_no_one_and_can_be_unmapped() {
     let windows = windows();
     windows.map(RW, None, 0, 0, PAGE).unwrap();
-    for (nth, flags) in (1..).zip([0, 1, 2]) {
-        windows.map(flags, Some(memfd("half", 1, true)), 0, nth * PAGE, PAGE).unwrap();
-    }
+    windows.map(0, Some(memfd("half", 1, true)), 0, PAGE, PAGE).unwrap();
+    // What is only read may be of any kind, and is left out then.
+    windows.map(1, Some(memfd("half", 1, false)), 0, 2 * PAGE, PAGE).unwrap();
     assert_eq!(windows.memory().num_regions(), 0);
+    assert_eq!(windows.with_read_only().memory().num_regions(), 0);
     assert!(windows.memory().read_obj::<u8>(GuestAddress(PAGE)).is_err());
     assert!(!is_mapped("half"));
     for window in windows.list() {
@@ -279,6 +281,25 @@ fn window_without_memory_is_reached_by_no_one_and_can_be_unmapped() {
         assert_eq!(gone, Some(window));
     }
     assert_eq!(windows.list(), []);
+}
+
+#[test]
+fn window_that_may_only_be_read_is_found_by_those_who_ask_for_such() {
+    let windows = windows();
+    let file = memfd("read-only", 2, true);
+    file.write_all_at(b"text", 0).unwrap();
+    let window = windows.map(1, Some(file.try_clone().unwrap()), 0, 0, PAGE).unwrap();
+    assert!(window.memory && window.read_only);
+    // One that may only be written is as any other.
+    let other = windows.map(2, Some(file), PAGE, PAGE, PAGE).unwrap();
+    assert!(other.memory && !other.read_only);
+    assert!(windows.memory().read_obj::<u8>(GuestAddress(0)).is_err());
+    let all = windows.with_read_only();
+    assert_eq!(&all.memory().read_obj::<[u8; 4]>(GuestAddress(0)).unwrap(), b"text");
+    assert_eq!((windows.memory().num_regions(), all.memory().num_regions()), (1, 2));
+    windows.clear(|_| ());
+    assert_eq!((windows.memory().num_regions(), all.memory().num_regions()), (0, 0));
+    assert!(!is_mapped("read-only"));
 }
 
 #[test]

@@ -34,6 +34,12 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How long nobody is accepted after that has failed: what was lacking may be there by then.
 const REST: Duration = Duration::from_millis(100);
 
+/// A thread that has given way for so long has others beside it.
+const CROWDED: Duration = Duration::from_millis(1);
+
+/// Messages for which it does not give way then.
+const CALM: u32 = 256;
+
 /// Clients that are refused while another is there, and told of in the log.
 const REFUSALS: u32 = 3;
 
@@ -53,6 +59,8 @@ pub struct Server<F> {
     rest: Option<Instant>,
     /// How long to look for the next message before sleeping.
     busy_poll: Duration,
+    /// Messages after which not to look, since others want the processor.
+    crowded: u32,
 }
 
 /// Stops a server, from any thread; clones stop the same one.
@@ -92,7 +100,7 @@ impl<F: Function> Server<F> {
         let event = event.map_err(|errno| BindError::Io { path: path.into(), source: errno.into() })?;
         let link = Link::default();
         let stop = Stopper(Arc::new(Stop { asked: AtomicBool::new(false), event, link: link.clone() }));
-        Ok(Self { function, listener, link, stop, limits, rest: None, busy_poll: Duration::ZERO })
+        Ok(Self { function, listener, link, stop, limits, rest: None, busy_poll: Duration::ZERO, crowded: 0 })
     }
 
     /// After a message, looks for the next one for so long before it sleeps, giving way to other threads meanwhile. Being
@@ -200,7 +208,13 @@ impl<F: Function> Server<F> {
                 return Ok(why);
             }
             if ready.client && !self.busy_poll.is_zero() {
-                awake_until = Instant::now().checked_add(self.busy_poll);
+                awake_until = match self.crowded.checked_sub(1) {
+                    Some(left) => {
+                        self.crowded = left;
+                        None
+                    }
+                    None => Instant::now().checked_add(self.busy_poll),
+                };
             }
         }
     }
@@ -227,7 +241,11 @@ impl<F: Function> Server<F> {
         while ready == Ok(0) && awake_until.is_some_and(|until| Instant::now() < until) {
             ready = poll(&mut polled, Some(&now));
             if ready == Ok(0) {
+                let begin = Instant::now();
                 std::thread::yield_now();
+                if begin.elapsed() > CROWDED {
+                    self.crowded = CALM;
+                }
             }
         }
         if ready == Ok(0) {

@@ -9,12 +9,13 @@ use zerocopy::native_endian::U64;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::version::{self, ClientCapabilities, MAX_TRANSFER};
-use crate::function::{Function, Region};
+use crate::function::{Function, IrqRequest, Region};
 use crate::memory::WindowError;
 use crate::message::Received;
 use crate::spec::{
-    Command, DeviceInfo, DmaMap, DmaUnmap, HEADER, Header, IoFd, IoFds, IrqAction, IrqInfo, IrqSet,
-    MessageFlags, MultiWrite, RegionAccess, RegionFlags, RegionInfo, UNMAP_ALL, irq, region,
+    CAP_SPARSE_MMAP, CapHeader, Command, DeviceInfo, DmaMap, DmaUnmap, HEADER, Header, IoFd, IoFds,
+    IrqAction, IrqInfo, IrqSet, MessageFlags, MultiWrite, RegionAccess, RegionFlags, RegionInfo, SparseArea,
+    SparseMmap, UNMAP_ALL, irq, region,
 };
 
 /// Bytes behind the header of the greatest message that is taken: a write of as much as may be, with its own header.
@@ -131,7 +132,7 @@ impl Session {
                     irqs: irq::COUNT.into(),
                 });
             }
-            Command::DEVICE_GET_REGION_INFO => self.region_info(function, payload)?,
+            Command::DEVICE_GET_REGION_INFO => return self.region_info(function, payload),
             Command::DEVICE_GET_REGION_IO_FDS => return self.io_fds(function, payload),
             Command::DEVICE_GET_IRQ_INFO => self.irq_info(function, payload)?,
             Command::DEVICE_SET_IRQS => {
@@ -139,7 +140,7 @@ impl Session {
                 let (set, data) = read::<IrqSet>(payload)?;
                 let action = IrqAction::from_bits_retain(set.flags.get());
                 let (index, start, count) = (set.index.get(), set.start.get(), set.count.get());
-                function.interrupts().set(index, action, start, count, data, fds)?;
+                function.set_irqs(IrqRequest { index, action, start, count, data, events: fds })?;
             }
             Command::REGION_READ => self.region_read(function, payload)?,
             Command::REGION_WRITE => self.region_write(function, payload)?,
@@ -199,24 +200,46 @@ impl Session {
         Ok(())
     }
 
-    fn region_info(&mut self, function: &impl Function, payload: &[u8]) -> Result<(), Errno> {
+    fn region_info(&mut self, function: &impl Function, payload: &[u8]) -> Result<Files, Errno> {
         argsz(payload, size_of::<RegionInfo>())?;
         let (asked, _) = read::<RegionInfo>(payload)?;
         let index = asked.index.get();
         if index >= region::COUNT {
             return Err(Errno::INVAL);
         }
-        let size = region_of(function, index).map_or(0, |(_, size)| size);
-        let flags = if size > 0 { RegionFlags::READ | RegionFlags::WRITE } else { RegionFlags::empty() };
+        let (target, size) = region_of(function, index).map_or((None, 0), |(at, size)| (Some(at), size));
+        let mut flags = if size > 0 { RegionFlags::READ | RegionFlags::WRITE } else { RegionFlags::empty() };
+        let takes_files = self.client.is_some_and(|client| client.fds() > 0);
+        let file = target.and_then(|target| function.region_file(target)).filter(|_| takes_files);
+        let areas = file.as_ref().map_or(&[][..], |file| &file.areas);
+        flags.set(RegionFlags::MMAP, file.is_some());
+        flags.set(RegionFlags::CAPS, !areas.is_empty());
+        let fixed = size_of::<RegionInfo>();
+        let list = areas.len().saturating_mul(size_of::<SparseArea>());
+        let heads = size_of::<CapHeader>().saturating_add(size_of::<SparseMmap>());
+        let more = if areas.is_empty() { 0 } else { heads.saturating_add(list) };
+        let needed = fixed.saturating_add(more);
+        let room = usize::try_from(asked.argsz.get()).unwrap_or(usize::MAX);
+        // A client that has less room learns how much it takes, and asks again.
+        let whole = room >= needed;
+        let cap_offset = if whole && more > 0 { bytes_of::<RegionInfo>() } else { 0 };
         self.answer(&RegionInfo {
-            argsz: bytes_of::<RegionInfo>().into(),
+            argsz: u32::try_from(needed).map_err(|_| Errno::OVERFLOW)?.into(),
             flags: flags.bits().into(),
             index: index.into(),
-            cap_offset: 0.into(),
+            cap_offset: cap_offset.into(),
             size: size.into(),
-            offset: 0.into(),
+            offset: file.as_ref().map_or(0, |file| file.offset).into(),
         });
-        Ok(())
+        if cap_offset > 0 {
+            self.answer(&CapHeader { id: CAP_SPARSE_MMAP.into(), version: 1.into(), next: 0.into() });
+            let count = u32::try_from(areas.len()).map_err(|_| Errno::OVERFLOW)?;
+            self.answer(&SparseMmap { areas: count.into(), reserved: 0.into() });
+            for area in areas {
+                self.answer(&SparseArea { offset: area.offset.into(), size: area.size.into() });
+            }
+        }
+        Ok(file.filter(|_| whole).map(|file| file.file).into_iter().collect())
     }
 
     fn io_fds(&mut self, function: &impl Function, payload: &[u8]) -> Result<Files, Errno> {
@@ -262,7 +285,7 @@ impl Session {
     fn irq_info(&mut self, function: &impl Function, payload: &[u8]) -> Result<(), Errno> {
         argsz(payload, size_of::<IrqInfo>())?;
         let (asked, _) = read::<IrqInfo>(payload)?;
-        let (flags, count) = function.interrupts().info(asked.index.get()).ok_or(Errno::INVAL)?;
+        let (flags, count) = function.irq_info(asked.index.get()).ok_or(Errno::INVAL)?;
         self.answer(&IrqInfo {
             argsz: bytes_of::<IrqInfo>().into(),
             flags: flags.bits().into(),

@@ -119,8 +119,9 @@ fn client_when_it_has_gone_leaves_a_clean_device_to_the_next() {
     assert_eq!(server.state.status(), 15);
     server.events.try_iter().for_each(drop);
     drop(client);
-    let unmapped =
-        |address, size, memory| Event::Unmapped(viommu_vfio_user::memory::Window { address, size, memory });
+    let unmapped = |address, size, memory| {
+        Event::Unmapped(viommu_vfio_user::memory::Window { address, size, memory, read_only: false })
+    };
     // The device is reset while its memory is there, and hears of each window.
     let before = server.until(&unmapped(1 << 40, PAGE, false));
     assert_eq!(before, [Event::Reset(ResetBy::Machine), unmapped(0, 4 * PAGE, true)]);

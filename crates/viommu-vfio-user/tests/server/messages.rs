@@ -246,7 +246,12 @@ fn windows_when_wrong_are_refused_by_their_errno() {
     assert_eq!(client.errno(Command::DMA_MAP, wants_file.as_bytes(), &[]), EINVAL);
     assert_eq!(client.map(Some(&file), 0, 16 * PAGE, PAGE), 0);
     assert_eq!(client.map(Some(&file), 0, 32 * PAGE, PAGE), ENOSPC);
-    let window = |page: u64, pages: u64, memory| Window { address: page * PAGE, size: pages * PAGE, memory };
+    let window = |page: u64, pages: u64, memory| Window {
+        address: page * PAGE,
+        size: pages * PAGE,
+        memory,
+        read_only: false,
+    };
     let all = [window(0, 2, true), window(8, 1, false), window(16, 1, true)];
     assert_eq!(server.windows.list(), all);
 

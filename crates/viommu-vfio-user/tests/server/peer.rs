@@ -32,7 +32,10 @@ fn published_client_when_it_uses_the_function_finds_all_of_it() {
 
     let file = memory("peer", 8);
     client.dma_map(4 * PAGE, 0x10_0000, 4 * PAGE, file.as_raw_fd()).unwrap();
-    assert_eq!(server.windows.list(), [Window { address: 0x10_0000, size: 4 * PAGE, memory: true }]);
+    assert_eq!(
+        server.windows.list(),
+        [Window { address: 0x10_0000, size: 4 * PAGE, memory: true, read_only: false }]
+    );
     let set = (IrqAction::DATA_EVENTFD | IrqAction::TRIGGER).bits();
     let events = [event(), event(), event()];
     let fds: Vec<_> = events.iter().map(AsRawFd::as_raw_fd).collect();

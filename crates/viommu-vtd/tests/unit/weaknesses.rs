@@ -22,6 +22,11 @@
 //! | context entries that are wrong leave everything mapped | `an_entry_that_is_wrong_in_any_way_unmaps_everything` |
 //! | a directory entry over several pages goes, and the model aborts or leaves some | `a_table_that_goes_takes_all_its_pages_and_no_other` |
 //! | a change in place is told as a map alone | `mirrors::pages_that_come_change_and_go_are_told_exactly` |
+//! | a change of an entry cannot be one act, whatever the host could do | `an_entry_that_changes_in_place_is_one_replace_for_a_mirror_that_can` |
+//! | an IOTLB that a read has filled lets a write to a read-only page pass | `a_read_that_fills_an_iotlb_allows_no_write_to_a_read_only_page` |
+//! | a large page over two pieces of memory is not reachable | `a_large_page_over_two_pieces_of_memory_is_reachable_as_a_whole` |
+//! | a subscriber that goes while its region goes is called later | `a_subscriber_may_leave_while_its_tables_go` |
+//! | who asks for all kinds of events is refused, or hears less, since one kind is new | `a_subscriber_that_asks_for_all_kinds_hears_all_of_them` |
 //! | the last byte of a page finds the next one | `the_bytes_around_a_page_are_not_in_it` |
 //! | a large page is handed out one small page at a time | `a_large_page_is_one_translation` |
 //! | a replay probes every page of the address space | `a_replay_costs_what_is_mapped` |
@@ -34,7 +39,9 @@
 
 use viommu::fuzzing::recording::{Event, RecordingCache, RecordingMirror};
 use viommu::subscribe::{Interest, Reach};
-use viommu::{Access, Endpoint, Iova, IovaRange, Kinds, Subscription};
+use viommu::{
+    Access, Endpoint, Extent, Gpa, GpaRange, Iova, IovaRange, Kinds, Mapping, Medium, Subscription,
+};
 use viommu_vtd::{Config, Stage, Width};
 
 use crate::rig::*;
@@ -372,4 +379,116 @@ fn a_replay_reports_no_faults() {
     assert_eq!(rig.fault(), None);
     let metrics = rig.vtd.metrics();
     assert_eq!((metrics.faults, metrics.faults_quiet), (0, 0));
+}
+
+#[test]
+fn an_entry_that_changes_in_place_is_one_replace_for_a_mirror_that_can() {
+    for kind in [None, Some(Stage::Second)] {
+        let (mut rig, endpoint, root) = with_page(Config { scalable: kind, ..CACHED });
+        let (mirror, in_place) = RecordingMirror::new(Reach { replace: true, ..Reach::default() });
+        let _in_place = endpoint.subscribe_mirror(mirror, Interest::MIRROR).unwrap();
+        let (_plain, plain) = crate::rig::mirror(&endpoint);
+        rig.settle();
+        for handle in [&in_place, &plain] {
+            handle.take();
+        }
+        let (old, new) = (extent(0x1000, 0x1000, 0x8000), extent(0x1000, 0x1000, 0x9000));
+        rig.map(root, 0x1000, 0x9000, RW);
+        rig.submit(&[pages(1, 0x1000, 0)]);
+        assert_eq!(in_place.take(), [Event::Replace(old, new)]);
+        assert_eq!(plain.take(), [unmapped(0x1000, 0x1000), mapped(0x1000, 0x1000, 0x9000)]);
+        // Less access is a change, too.
+        let less = Mapping { access: Access::READ, ..new };
+        rig.map(root, 0x1000, 0x9000, READ);
+        rig.submit(&[pages(1, 0x1000, 0)]);
+        assert_eq!(in_place.take(), [Event::Replace(new, less)]);
+        assert_eq!(plain.take(), [unmapped(0x1000, 0x1000), Event::Map(less)]);
+    }
+}
+
+#[test]
+fn a_read_that_fills_an_iotlb_allows_no_write_to_a_read_only_page() {
+    for scalable in [None, Some(Stage::Second), Some(Stage::First)] {
+        for caching_mode in [true, false] {
+            let (mut rig, endpoint, root) = with_page(Config { scalable, caching_mode, ..CACHED });
+            let allowed = if scalable == Some(Stage::First) { FIRST_READ } else { READ };
+            rig.map(root, 0x2000, 0x9000, allowed);
+            rig.submit(&[domain(1)]);
+            let (cache, handle) = RecordingCache::new();
+            let subscription = endpoint.subscribe_cache(cache, Interest::CACHE).unwrap();
+            let mut reader = reader(&endpoint);
+            for _ in 0..3 {
+                assert_eq!(access(&mut reader, 0x2000, Access::READ), Ok(0x9000));
+                assert!(access(&mut reader, 0x2000, Access::WRITE).is_err());
+            }
+            subscription.fill(Iova(0x2000), Access::READ).unwrap();
+            assert_eq!(handle.held().iter().map(|m| m.access).collect::<Vec<_>>(), [Access::READ]);
+        }
+    }
+}
+
+#[test]
+fn a_large_page_over_two_pieces_of_memory_is_reachable_as_a_whole() {
+    let mut rig = Rig::with(CACHED, viommu::Iommu::builder().ram(0, 0x50_0000));
+    let rest = GpaRange::from_len(Gpa(0x50_0000), RAM - 0x50_0000).unwrap();
+    rig.vtd.iommu().add_backing(Extent { range: rest, medium: Medium::Ram }).unwrap().wait().unwrap();
+    let endpoint = rig.vtd.add_endpoint(DEVICE).unwrap();
+    rig.start();
+    let root = rig.table();
+    rig.map_large(root, 0x20_0000, 2, 0x40_0000, RW);
+    rig.attach(DEVICE, 1, root);
+    rig.announce(DEVICE, 1);
+    let (subscription, handle) = mirror(&endpoint);
+    rig.settle();
+    let bytes: u128 = handle.held().iter().map(|m| m.range.bytes()).sum();
+    assert_eq!((handle.held().len(), bytes), (2, 2 << 20));
+    assert!(subscription.audit().unwrap().is_clean());
+    let mut reader = reader(&endpoint);
+    for at in [0x20_0000, 0x2f_ffff, 0x30_0000, 0x3f_ffff] {
+        assert_eq!(access(&mut reader, at, Access::WRITE), Ok(at + 0x20_0000));
+    }
+}
+
+#[test]
+fn a_subscriber_may_leave_while_its_tables_go() {
+    let (mut rig, endpoint, _root) = with_page(CACHED);
+    let (subscription, handle) = mirror(&endpoint);
+    rig.settle();
+    // Its own callback lets it go.
+    let slot = std::sync::Mutex::new(Some(subscription));
+    handle.lock().inside = Some(Box::new(move |_| drop(slot.lock().unwrap().take())));
+    rig.context(DEVICE, 0, 0);
+    rig.submit(&[device_context(DEVICE)]);
+    handle.lock().inside = None;
+    assert_eq!(handle.held(), []);
+    assert!(handle.lock().dropped);
+    assert_eq!(rig.vtd.iommu().outstanding(), 0);
+    // Nobody is called for what comes later.
+    let root = rig.table();
+    rig.map(root, 0x1000, 0xa000, RW);
+    rig.attach(DEVICE, 1, root);
+    rig.announce(DEVICE, 1);
+    assert_eq!(access(&mut reader(&endpoint), 0x1000, Access::READ), Ok(0xa000));
+}
+
+#[test]
+fn a_subscriber_that_asks_for_all_kinds_hears_all_of_them() {
+    for device_tlb in [true, false] {
+        let (mut rig, endpoint, _root) = with_page(Config { device_tlb, ..CACHED });
+        let (cache, handle) = RecordingCache::new();
+        let interest = Interest::all_of(Interest::CACHE.kinds | Kinds::DEVICE_TLB);
+        let subscription = endpoint.subscribe_cache(cache, interest).unwrap();
+        for descriptor in [pages(1, 0x1000, 0), (3 | u64::from(DEVICE) << 32, 0x1000)] {
+            subscription.fill(Iova(0x1000), Access::READ).unwrap();
+            assert_eq!(handle.held().len(), 1);
+            rig.submit(&[descriptor]);
+            assert_eq!(handle.held(), [], "{descriptor:x?}");
+        }
+        // A mirror beside it is not disturbed by what is a device's alone.
+        let (_mirror, mirrored) = mirror(&endpoint);
+        rig.settle();
+        mirrored.take();
+        rig.submit(&[(3 | u64::from(DEVICE) << 32, 0x1000)]);
+        assert_eq!((mirrored.take(), mirrored.held().len()), (vec![], 1));
+    }
 }

@@ -14,7 +14,7 @@ use viommu_devices::blk::{Answers, Metrics};
 use viommu_devices::{Blk, BlkOptions, Rng, RngMetrics};
 use viommu_memory::EndpointSpace;
 use viommu_vfio_user::Windows;
-use viommu_vfio_user::memory::Window;
+use viommu_vfio_user::memory::{AllWindows, Window};
 use viommu_vfio_user::virtio::{Device, QueueSignal, ResetBy, feature};
 use viommu_virtio::viot::Bdf;
 use virtio_queue::Queue;
@@ -35,14 +35,17 @@ pub(crate) enum Engine {
 }
 
 impl Engine {
-    pub(crate) fn new(kind: &Kind, address: Bdf) -> Result<Self, String> {
+    /// None for a device that is another process's.
+    pub(crate) fn new(kind: &Kind, address: Bdf) -> Result<Option<Self>, String> {
         match kind {
-            Kind::Rng => Ok(Self::Rng(Rng::new())),
+            Kind::Rng => Ok(Some(Self::Rng(Rng::new()))),
             Kind::Blk { file, read_only, queues } => {
                 let id = format!("viommu-{}", address.to_string().replace([':', '.'], "-"));
                 let options = BlkOptions { read_only: *read_only, queues: *queues, id };
-                Blk::open(file, &options).map(|blk| Self::Blk(Box::new(blk))).map_err(|why| why.to_string())
+                let blk = Blk::open(file, &options).map_err(|why| why.to_string())?;
+                Ok(Some(Self::Blk(Box::new(blk))))
             }
+            Kind::Proxy { .. } => Ok(None),
         }
     }
 
@@ -71,7 +74,7 @@ impl Engine {
         &self,
         features: u64,
         queue: &mut Queue,
-        memory: &EndpointSpace<Windows>,
+        memory: &EndpointSpace<AllWindows>,
     ) -> Result<viommu_devices::Processed, viommu_devices::QueueError> {
         match self {
             Self::Blk(blk) => blk.process(features, queue, memory),
@@ -138,7 +141,7 @@ struct Job {
 struct Bench {
     engine: Arc<Engine>,
     times: Arc<Times>,
-    memory: EndpointSpace<Windows>,
+    memory: EndpointSpace<AllWindows>,
     kick: Arc<OwnedFd>,
     /// Locked for a batch at a time.
     job: Mutex<Option<Job>>,
@@ -223,6 +226,15 @@ impl Drop for Worker {
     }
 }
 
+/// What a device is behind.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Behind {
+    /// Our IOMMU.
+    pub(crate) iommu: bool,
+    /// Somebody else's, perhaps.
+    pub(crate) platform: bool,
+}
+
 /// A virtio device that reaches memory as its endpoint.
 pub(crate) struct EndpointDevice {
     address: Bdf,
@@ -230,6 +242,8 @@ pub(crate) struct EndpointDevice {
     unit: Unit,
     /// There is an IOMMU, so its driver must use I/O virtual addresses.
     behind: bool,
+    /// It says that there may be one.
+    platform: bool,
     features: u64,
     workers: Vec<Worker>,
 }
@@ -243,7 +257,7 @@ impl EndpointDevice {
         endpoint: &Endpoint,
         unit: Unit,
         windows: &Windows,
-        behind: bool,
+        Behind { iommu: behind, platform }: Behind,
     ) -> io::Result<Self> {
         let mut workers = Vec::new();
         for index in 0..engine.queues() {
@@ -252,7 +266,7 @@ impl EndpointDevice {
             let bench = Arc::new(Bench {
                 engine: engine.clone(),
                 times: times.clone(),
-                memory: EndpointSpace::new(reader, windows.clone()),
+                memory: EndpointSpace::new(reader, windows.with_read_only()),
                 kick: Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?),
                 job: Mutex::default(),
                 wanted: AtomicBool::new(false),
@@ -263,7 +277,7 @@ impl EndpointDevice {
             let thread = thread::Builder::new().name(label).spawn(move || run.run())?;
             workers.push(Worker { bench, thread: Some(thread) });
         }
-        Ok(Self { address, engine, unit, behind, features: 0, workers })
+        Ok(Self { address, engine, unit, behind, platform, features: 0, workers })
     }
 }
 
@@ -288,7 +302,7 @@ impl Device for EndpointDevice {
     }
 
     fn features(&self) -> u64 {
-        let platform = if self.behind { feature::ACCESS_PLATFORM } else { 0 };
+        let platform = if self.behind || self.platform { feature::ACCESS_PLATFORM } else { 0 };
         self.engine.features() | feature::INDIRECT_DESC | feature::EVENT_IDX | platform
     }
 

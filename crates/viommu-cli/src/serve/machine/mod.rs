@@ -3,6 +3,7 @@
 mod endpoint;
 mod iommu;
 mod place;
+mod proxy;
 mod unit;
 mod vtd;
 
@@ -23,9 +24,10 @@ use viommu_virtio::viot::Bdf;
 use viommu_virtio::{Config, EndpointPlan, VirtioIommu};
 use viommu_vtd::Vtd;
 
-use self::endpoint::{EndpointDevice, Engine};
+use self::endpoint::{Behind, EndpointDevice, Engine};
 use self::iommu::IommuDevice;
 pub(super) use self::place::Place;
+use self::proxy::{ProxyFunction, Upstream};
 use self::unit::Unit;
 use self::vtd::VtdFunction;
 use super::control::Live;
@@ -92,11 +94,44 @@ impl Drop for Served {
 /// A device behind the IOMMU.
 struct Member {
     device: Device,
-    engine: Arc<Engine>,
-    times: Arc<Times>,
+    works: Works,
     served: Served,
     /// Of a VT-d unit whose history is written.
     followed: Option<Subscription>,
+}
+
+/// Who does what a device is there for.
+#[derive(Clone)]
+enum Works {
+    /// This process.
+    Engine(Arc<Engine>, Arc<Times>),
+    /// Another.
+    Upstream(Arc<Upstream>),
+}
+
+impl Works {
+    fn flush(&self) -> io::Result<()> {
+        match self {
+            Self::Engine(engine, _) => engine.flush(),
+            Self::Upstream(_) => Ok(()),
+        }
+    }
+
+    /// The state with what it says itself.
+    fn state(&self, function: snapshot::Function) -> snapshot::Function {
+        match self {
+            Self::Engine(engine, times) => snapshot::Function {
+                request_times: Some(times.histogram()),
+                counters: engine.counters(),
+                ..function
+            },
+            Self::Upstream(upstream) => snapshot::Function {
+                driver_ready: upstream.is_there(),
+                counters: upstream.counters(),
+                ..function
+            },
+        }
+    }
 }
 
 /// A VT-d unit.
@@ -208,32 +243,52 @@ impl Machine {
     fn add(&self, device: Device) -> Result<(), MachineError> {
         let address = device.address;
         let refused = |why: String| MachineError::Device { address, device: device.kind.to_string(), why };
-        let engine = Arc::new(Engine::new(&device.kind, address).map_err(refused)?);
+        if let Some(why) = self.plan.cannot_serve(&device.kind) {
+            return Err(refused(why.into()));
+        }
+        let works = match Engine::new(&device.kind, address).map_err(refused)? {
+            Some(engine) => Works::Engine(Arc::new(engine), Arc::default()),
+            None => Works::Upstream(Arc::default()),
+        };
         let endpoint = self.add_endpoint(address).map_err(refused)?;
         let followed = self.scribe.as_ref().map(|scribe| scribe.follow(&endpoint)).transpose();
         let followed = followed.map_err(|why| {
             self.remove_endpoint(address);
             refused(why.to_string())
         })?;
-        let times = Arc::new(Times::default());
-        let served = self.serve_device(address, &engine, &times, &endpoint);
+        let served = self.serve_device(&device, &works, &endpoint);
         let served = served.inspect_err(|_| self.remove_endpoint(address))?;
-        self.members().insert(address, Member { device, engine, times, served, followed });
+        self.members().insert(address, Member { device, works, served, followed });
         Ok(())
     }
 
     fn serve_device(
         &self,
-        address: Bdf,
-        engine: &Arc<Engine>,
-        times: &Arc<Times>,
+        device: &Device,
+        works: &Works,
         endpoint: &Endpoint,
     ) -> Result<Served, MachineError> {
+        let address = device.address;
         let windows = Windows::new(self.limits());
-        let behind = self.plan.iommu.is_some();
         let unit = self.unit.clone();
-        let device = EndpointDevice::new(address, engine.clone(), times, endpoint, unit, &windows, behind)?;
-        serve(device, windows, self.plan.socket(address), self.limits(), address)
+        let (path, limits) = (self.plan.socket(address), self.limits());
+        match (works, &device.kind) {
+            (Works::Engine(engine, times), _) => {
+                let behind = Behind { iommu: self.plan.iommu.is_some(), platform: self.plan.access_platform };
+                let device =
+                    EndpointDevice::new(address, engine.clone(), times, endpoint, unit, &windows, behind)?;
+                serve(device, windows, path, limits, address)
+            }
+            (Works::Upstream(upstream), kind) => {
+                let Kind::Proxy { socket } = kind else {
+                    return Err(io::Error::other("a device without an engine").into());
+                };
+                let (upstream, endpoint) = (upstream.clone(), endpoint.clone());
+                let function =
+                    ProxyFunction::new(address, socket.clone(), endpoint, unit, windows.clone(), upstream)?;
+                serve_function(function, None, windows, path, limits, address)
+            }
+        }
     }
 
     fn add_endpoint(&self, address: Bdf) -> Result<Endpoint, String> {
@@ -286,9 +341,9 @@ impl Machine {
         members.values().for_each(|member| member.served.stopper.stop());
         drop(self.iommu().take());
         let mut lost = Vec::new();
-        for (address, Member { device, engine, served, .. }) in members {
+        for (address, Member { device, works, served, .. }) in members {
             drop(served);
-            if let Err(error) = engine.flush() {
+            if let Err(error) = works.flush() {
                 lost.push(format!("{address}={}: what was written may be lost: {error}", device.kind));
             }
         }
@@ -404,11 +459,7 @@ impl Live for Machine {
         let record = self.plan.iommu.as_ref().map(|_| self.unit.iommu());
         let members = self.members();
         let endpoints = members.iter().map(|(address, member)| {
-            let function = snapshot::Function {
-                request_times: Some(member.times.histogram()),
-                counters: member.engine.counters(),
-                ..member.served.state(member.device.kind.to_string())
-            };
+            let function = member.works.state(member.served.state(member.device.kind.to_string()));
             snapshot::Endpoint::of(record, u32::from(u16::from(*address)), function)
         });
         Snapshot {
@@ -436,11 +487,11 @@ impl Live for Machine {
             return Err(format!("nothing was plugged in at {address}"));
         }
         let member = self.members().remove(&address);
-        let Member { engine, served, followed, .. } =
+        let Member { works, served, followed, .. } =
             member.ok_or_else(|| format!("there is no device at {address}"))?;
         drop(served);
         drop(followed);
-        let flushed = engine.flush();
+        let flushed = works.flush();
         self.remove_endpoint(address);
         flushed.map_err(|why| format!("the device is gone, but what was written may be lost: {why}"))?;
         Ok(self.plugged(address, qemu::device_del(address)))

@@ -30,8 +30,9 @@ impl Unit {
         let mut books = self.books.lock().unwrap_or_else(PoisonError::into_inner);
         books.insert((of, window.address), range);
         let there: Vec<_> = self.iommu.backing().iter().map(|extent| extent.range).collect();
+        let medium = if window.read_only { Medium::Rom } else { Medium::Ram };
         for gap in less(range, &there) {
-            self.insert(gap);
+            self.insert(gap, medium);
         }
     }
 
@@ -43,7 +44,7 @@ impl Unit {
             let mut books = self.books.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(range) = books.remove(&(of, window.address)) else { return };
             let held: Vec<_> = books.values().copied().collect();
-            for extent in self.iommu.backing().into_iter().map(|extent| extent.range) {
+            for Extent { range: extent, medium } in self.iommu.backing() {
                 let lost = extent.overlaps(range) && !less(extent, &held).is_empty();
                 if !lost {
                     continue;
@@ -57,23 +58,24 @@ impl Unit {
                 }
                 let gone = less(extent, &held);
                 for kept in less(extent, &gone) {
-                    self.insert(kept);
+                    self.insert(kept, medium);
                 }
             }
         }
         wait(done, "memory that a client takes back");
     }
 
-    fn insert(&self, range: GpaRange) {
-        match self.iommu.add_backing(Extent { range, medium: Medium::Ram }) {
-            // Mirrors alone could have something to finish, and there are none.
+    fn insert(&self, range: GpaRange, medium: Medium) {
+        match self.iommu.add_backing(Extent { range, medium }) {
+            // A mirror that is to have it answers within the call.
             Ok(completion) => drop(completion),
             Err(error) => tracing::error!("no memory at {range}: {error}"),
         }
     }
 }
 
-/// Waits for what only devices in this process can hold up, each for the time of one batch.
+/// Waits for what only devices in this process can hold up, each for the time of one batch: mirrors answer within their
+/// calls.
 pub(crate) fn wait(mut done: Completion, what: &str) {
     while let Err(error) = done.wait_timeout(std::time::Duration::from_secs(1)) {
         match error {
@@ -120,7 +122,7 @@ mod tests {
     }
 
     fn window(address: u64, size: u64) -> Window {
-        Window { address, size, memory: true }
+        Window { address, size, memory: true, read_only: false }
     }
 
     fn unit() -> Unit {
@@ -165,6 +167,20 @@ mod tests {
         assert_eq!(there(&unit), [range(0x2000, 0x3fff), range(0x4000, 0x5fff)]);
         unit.remove(B, window(0x2000, 0x4000));
         assert_eq!(there(&unit), []);
+    }
+
+    #[test]
+    fn windows_that_may_only_be_read_are_read_only_memory() {
+        let unit = unit();
+        let rom = Window { read_only: true, ..window(0, 0x4000) };
+        unit.add(A, rom);
+        unit.add(B, window(0x2000, 0x4000));
+        let media =
+            |unit: &Unit| -> Vec<_> { unit.iommu().backing().iter().map(|e| (e.range, e.medium)).collect() };
+        let ram = (range(0x4000, 0x5fff), Medium::Ram);
+        assert_eq!(media(&unit), [(range(0, 0x3fff), Medium::Rom), ram]);
+        unit.remove(A, rom);
+        assert_eq!(media(&unit), [(range(0x2000, 0x3fff), Medium::Rom), ram]);
     }
 
     #[test]

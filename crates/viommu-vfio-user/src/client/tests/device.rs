@@ -11,7 +11,7 @@ use vm_memory::{Bytes as _, GuestAddressSpace as _};
 use super::*;
 use crate::memory::{Window, Windows};
 use crate::spec::{irq, region};
-use crate::{Function, Interrupts, Link, Region, Server, WindowLimits};
+use crate::{Function, Interrupts, Link, Region, RegionFile, Server, WindowLimits};
 
 /// A register file whose first word, written, says which window to copy from and raises a vector.
 struct Copier {
@@ -25,6 +25,12 @@ struct Copier {
 impl Function for Copier {
     fn bars(&self) -> [u64; 6] {
         [0x20000, 0, 0, 0, 0, 0]
+    }
+
+    fn region_file(&self, region: Region) -> Option<RegionFile> {
+        let areas = vec![Area { offset: 0x1000, size: 0x2000 }, Area { offset: 0x10000, size: 0x1000 }];
+        let file = Arc::new(memfd(32).into());
+        (region == Region::Bar(0)).then_some(RegionFile { file, offset: 0x4000, areas })
     }
 
     fn interrupts(&self) -> &Interrupts {
@@ -145,8 +151,11 @@ fn device_when_asked_says_what_it_has() {
     let Ours { client, .. } = ours();
     assert_eq!(client.info().unwrap(), DeviceInfo { reset: true, pci: true, regions: 9, irqs: 5 });
     let bar = client.region_info(0).unwrap();
-    assert_eq!((bar.size, bar.flags.bits(), bar.file.is_some()), (0x20000, 3, false));
-    assert_eq!(client.region_info(region::CONFIG).unwrap().size, 256);
+    assert_eq!((bar.size, bar.flags.bits(), bar.offset), (0x20000, 15, 0x4000));
+    assert_eq!(fstat(bar.file.unwrap()).unwrap().st_size, 32 * 0x1000);
+    assert_eq!(bar.areas, [Area { offset: 0x1000, size: 0x2000 }, Area { offset: 0x10000, size: 0x1000 }]);
+    let config = client.region_info(region::CONFIG).unwrap();
+    assert_eq!((config.size, config.flags.bits(), config.file.is_some()), (256, 3, false));
     assert!(matches!(client.region_info(9), Err(ClientError::Refused { errno: 22, .. })));
     let vectors = client.irq_info(irq::MSIX).unwrap();
     assert_eq!((vectors.flags, vectors.count), (IrqFlags::EVENTFD, 40));
