@@ -11,7 +11,7 @@ use anyhow::{Context as _, ensure};
 use crate::{cpio::Archive, modules::Modules, setup::Kernel};
 
 /// Loaded by the scripts, each with what it depends on.
-const MODULES: [&str; 8] = [
+const MODULES: [&str; 10] = [
     "virtio_iommu",
     "virtio_blk",
     "virtio_rng",
@@ -20,6 +20,8 @@ const MODULES: [&str; 8] = [
     "vfio_iommu_type1",
     "vfio_pci",
     "virtio_pci",
+    "vhost_net",
+    "tun",
 ];
 
 /// Writes the archive for one kernel into `folder`, where it is found again by its path.

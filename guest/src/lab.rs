@@ -27,8 +27,9 @@ const AT_A_TIME: usize = 2;
 pub(crate) struct Lab {
     pub(crate) parts: Parts,
     pub(crate) viommu: PathBuf,
-    /// The disk that is a vhost-user back end.
+    /// The disk that is a vhost-user back end, and the front end of a network device.
     pub(crate) vhost_user_blk: PathBuf,
+    pub(crate) vhost_user_net_front: PathBuf,
     /// Longer runs under load.
     pub(crate) full: bool,
     /// Of the comparison with QEMU's VT-d: the first seed, and how many.
@@ -36,9 +37,21 @@ pub(crate) struct Lab {
     folder: PathBuf,
     /// Of each kernel, in their order.
     initramfs: Vec<PathBuf>,
+    /// Held while DPDK is unpacked.
+    dpdk: Mutex<()>,
 }
 
 impl Lab {
+    /// A folder with DPDK and all of its libraries.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be had.
+    pub(crate) fn dpdk(&self) -> anyhow::Result<PathBuf> {
+        let _alone = locked(&self.dpdk);
+        setup::dpdk(&self.folder)
+    }
+
     /// Files, sockets and kernel of what is called `name`, in an empty folder; its servers have that IOMMU.
     ///
     /// # Errors
@@ -160,10 +173,12 @@ pub(crate) fn open(options: &Options) -> anyhow::Result<(Lab, File)> {
         parts,
         viommu: options.viommu.clone(),
         vhost_user_blk: options.vhost_user_blk.clone(),
+        vhost_user_net_front: options.vhost_user_net_front.clone(),
         full: options.full,
         seeds: (options.seed, options.cases),
         folder,
         initramfs,
+        dpdk: Mutex::default(),
     };
     Ok((lab, alone))
 }

@@ -34,6 +34,9 @@ struct Options {
     /// The disk that is a vhost-user back end.
     #[arg(long)]
     vhost_user_blk: PathBuf,
+    /// The front end of a vhost-user network device.
+    #[arg(long)]
+    vhost_user_net_front: PathBuf,
     /// The program that runs inside the guests, linked statically.
     #[arg(long)]
     inside: PathBuf,

@@ -96,11 +96,14 @@ pub(crate) fn program(context: &Context, viommu: &Path) -> anyhow::Result<Comman
     inside.env("RUSTFLAGS", "-C target-feature=+crt-static");
     run_quietly(context, inside)?;
 
-    let blk = "vhost_user_blk";
-    run_quietly(context, context.cargo(&["build", "-p", "viommu-vhost", "--example", blk]))?;
+    run_quietly(context, context.cargo(&["build", "-p", "viommu-vhost", "--examples"]))?;
 
     let mut command = context.command(&program.display().to_string());
-    command.arg("--vhost-user-blk").arg(context.target("debug").join("examples").join(blk));
+    for (option, example) in
+        [("--vhost-user-blk", "vhost_user_blk"), ("--vhost-user-net-front", "vhost_user_net_front")]
+    {
+        command.arg(option).arg(context.target("debug").join("examples").join(example));
+    }
     command.arg("--folder").arg(&folder).arg("--viommu").arg(viommu);
     command.arg("--inside").arg(folder.join("inside").join(TARGET).join("release/viommu-guest-inside"));
     Ok(command)

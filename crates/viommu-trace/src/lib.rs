@@ -3,7 +3,7 @@
 //!
 //! [`History`] reads QEMU's `-trace` log, Linux tracepoint text and viommu's own format, plain or compressed, and
 //! tells by the content which it is. [`Writer`] writes viommu's own format, [`convert()`] turns any of them into
-//! it, [`Recorder`] takes events as they happen.
+//! it, [`Recorder`] takes events as they happen; [`Scribe`] has it follow a unit's endpoints.
 //!
 //! ```
 //! use viommu::addr::{Gpa, Iova, IovaRange};
@@ -51,6 +51,7 @@ mod parse;
 mod passed_over;
 mod qemu;
 mod recorder;
+mod scribe;
 
 pub use convert::{ConvertError, convert};
 pub use error::{Place, ReadError};
@@ -61,3 +62,4 @@ pub use input::{MAX_LINE, Progress};
 pub use linux::Attribution;
 pub use passed_over::PassedOver;
 pub use recorder::Recorder;
+pub use scribe::Scribe;

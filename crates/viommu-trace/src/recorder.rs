@@ -1,11 +1,12 @@
 //! Records events as they happen.
 
 use std::io::{self, Write};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::event::{Entry, Event};
 use crate::format::Writer;
+use crate::scribe::Scribe;
 
 /// Writes events from any thread, in the order in which they come, with the time since the recorder was made.
 ///
@@ -44,6 +45,15 @@ impl<W: Write> Recorder<W> {
         if let Err(error) = inner.writer.write(&Entry { line: 0, time, event }) {
             inner.failed = Some(error);
         }
+    }
+
+    /// What follows the endpoints of a unit and records what they see: `recorder.scribe().follow(&endpoint)?`.
+    pub fn scribe(self: &Arc<Self>) -> Arc<Scribe>
+    where
+        W: Send + 'static,
+    {
+        let recorder = self.clone();
+        Scribe::new(move |event| recorder.record(event))
     }
 
     /// Ends the history.

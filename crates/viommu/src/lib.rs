@@ -128,6 +128,8 @@ pub mod subscribe;
 mod sync;
 #[cfg(not(loom))]
 mod table;
+#[cfg(all(feature = "tracing", not(loom)))]
+mod traced;
 
 #[cfg(all(test, shuttle))]
 mod shuttle_tests;

@@ -13,6 +13,8 @@ use crate::addr::{Iova, IovaRange};
 use crate::change::Change;
 use crate::endpoint::EndpointId;
 use crate::mapping::Mapping;
+#[cfg(feature = "tracing")]
+pub use crate::traced::Traced;
 
 bitflags::bitflags! {
     /// Kinds of events that a subscriber asks for.

@@ -1,6 +1,7 @@
 //! The cases: each a function here and a script in the guest.
 
 mod consumers;
+mod dpdk;
 mod firmware;
 mod hotplug;
 mod io;
@@ -69,6 +70,8 @@ pub(crate) const CASES: &[Case] = &[
     case("type1-amd", Iommu::VIRTIO, consumers::type1::amd, "the same under QEMU's AMD-Vi"),
     case("vhost-user-intel", Iommu::VIRTIO, vhost_user::intel, "our vhost-user back end behind QEMU's VT-d, QEMU the front end"),
     case("vhost-user-virtio", Iommu::VIRTIO, vhost_user::virtio, "the same behind QEMU's virtio-iommu"),
+    full(case("vhost-user-dpdk", Iommu::VIRTIO, dpdk::run, "our vhost-user front end, with DPDK's testpmd as the device: no guest")),
+    case("vhost-net", Iommu::VIRTIO, consumers::vhost::net, "our vhost cache on the guest's own vhost-net, to a tap"),
     case("strict", Iommu::VIRTIO, io::run, IO),
     case("lazy", Iommu::VIRTIO_LAZY, io::run, IO),
     case("vtd-io", Iommu::VTD, io::run, IO),

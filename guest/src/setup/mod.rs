@@ -109,6 +109,16 @@ pub(crate) fn parts(folder: &Path) -> anyhow::Result<Parts> {
     Ok(parts)
 }
 
+/// DPDK and all of its libraries, unpacked below `folder` unless that was done before.
+///
+/// # Errors
+///
+/// If they cannot be had.
+pub(crate) fn dpdk(folder: &Path) -> anyhow::Result<PathBuf> {
+    let mut apt = Lazy { folder, apt: None };
+    once(folder, "dpdk", |to| apt.get()?.unpack_closure("dpdk-dev", STABLE, to))
+}
+
 /// The machine's packages, asked for only when something is missing.
 struct Lazy<'a> {
     folder: &'a Path,

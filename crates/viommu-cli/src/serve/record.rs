@@ -1,7 +1,5 @@
 //! `--record`: what the guest does with the IOMMU, as a history for `viommu replay`.
 
-mod follower;
-
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
@@ -14,7 +12,6 @@ use viommu_trace::{Entry as Line, Event, Reserved, Reset, Writer};
 use viommu_virtio::{Entry, Journal};
 
 use super::snapshot::nanos;
-pub(crate) use follower::Scribe;
 
 /// A journal of the device that writes a history, with the time since it began. Writing is the driver's time: a block
 /// of 16 KiB now and then.
@@ -55,7 +52,7 @@ impl<W: Write> Recording<W> {
         outcome.inspect_err(|why| (state.trouble)(why)).ok()
     }
 
-    fn write(&self, event: Event) {
+    pub(crate) fn write(&self, event: Event) {
         self.lock().write(event);
     }
 
@@ -117,5 +114,7 @@ impl<W: Write + Send> Journal for Recording<W> {
     }
 }
 
+#[cfg(test)]
+mod scribe_tests;
 #[cfg(test)]
 mod tests;

@@ -36,7 +36,7 @@
 //! | event | what is done |
 //! | --- | --- |
 //! | MISS | translated and answered with UPDATE, as one act against every step: the extent from the missed page on, cut to its region of memory, with the mapping's own permission |
-//! | MISS of what is not mapped, or not so | no answer: counted, logged, given to [`Device::faults`]. The ring waits until its driver kicks it again |
+//! | MISS of what is not mapped, or not so | no answer: counted, logged, given to [`Device::faults`]. The ring waits |
 //! | mappings, views or memory go | INVALIDATE, where the device may hold some of it; else nothing |
 //! | the device takes no message | what it must be told waits in order, steps are pending (nobody else is held up), [`Handle::serve`] tries again; at the time limit the device is cut off |
 //! | the device refuses an INVALIDATE | it is cut off |

@@ -215,6 +215,23 @@ fn unmap_behind_a_closed_connection_fences() {
 }
 
 #[test]
+fn connection_that_ends_when_nothing_is_held_cuts_nobody_off() {
+    let Setup { vmm, mut main, back: _back, cut_off } = Setup::with_a_page(LIMIT);
+    let done = vmm.domain.unmap(IovaRange::ALL).unwrap();
+    assert_eq!(iotlb(&mut main).kind, kind::INVALIDATE);
+    answer(&mut main, request::IOTLB_MSG, 0);
+    wait(done);
+    vmm.frontend.close();
+    vmm.server.join().unwrap();
+    let mapping = page(0x1000, 0x5000, Access::RW);
+    wait(vmm.domain.map(mapping).unwrap());
+    wait(vmm.domain.unmap(mapping.range).unwrap());
+    drop(vmm.subscription);
+    assert_eq!(cut_off.load(Ordering::SeqCst), 0);
+    assert!(!vmm.endpoint.is_fenced());
+}
+
+#[test]
 fn back_end_that_reads_nothing_holds_up_no_step() {
     let (front, _back) = UnixStream::pair().unwrap();
     let mut vmm = Vmm::new(front, memory(&[(0, 64 * PAGE)]), LIMIT, || Ok(()));

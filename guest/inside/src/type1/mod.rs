@@ -5,7 +5,7 @@ mod edu;
 mod fence;
 mod host;
 mod limits;
-mod random;
+pub(crate) mod random;
 mod raw;
 mod steps;
 mod world;

@@ -2,6 +2,7 @@
 //! guest's kernel is their host, and the IOMMU that it programs is one of QEMU's own.
 
 pub(super) mod type1;
+pub(super) mod vhost;
 
 use std::time::Duration;
 
@@ -58,6 +59,8 @@ impl Unit {
 pub(super) struct Program<'a> {
     /// The IOMMU of its machine.
     pub(super) unit: Unit,
+    /// Processors of the machine.
+    pub(super) processors: u32,
     /// QEMU's arguments for the devices.
     pub(super) devices: &'a [&'a str],
     /// The kernel's modules that are loaded: each must be among those of `initramfs`.
@@ -84,7 +87,8 @@ impl Program<'_> {
             self.words.join(",")
         );
         let config = Config::new("consumers").append(&append);
-        let config = Config { limit: LIMIT + Duration::from_secs(60), ..config };
+        let processors = self.processors;
+        let config = Config { limit: LIMIT + Duration::from_secs(60), processors, ..config };
         let config =
             config.arguments(["-device", self.unit.device()]).arguments(self.devices.iter().copied());
         run.start(&config, self.unit.name())

@@ -26,6 +26,7 @@ fn under(unit: Unit, run: &Run<'_>) -> anyhow::Result<String> {
     let bdf = format!("0000:{EDU}");
     let program = Program {
         unit,
+        processors: 1,
         devices: &["-device", "edu,addr=4,dma_mask=0xffffffffffff"],
         modules: &["vfio_iommu_type1", "vfio_pci"],
         vfio: &[EDU],

@@ -16,6 +16,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use viommu::{Endpoint, EndpointConfig, EndpointId, Iommu, Subscription};
+use viommu_trace::Scribe;
 use viommu_vfio_user::virtio::{DriverState, status};
 use viommu_vfio_user::{
     Device as VirtioDevice, Function, Link, Server, Stopper, VirtioFunction, WindowLimits, Windows,
@@ -34,7 +35,7 @@ use super::control::Live;
 use super::control::protocol::Plugged;
 use super::device::Kind;
 use super::options::{Device, IommuPlan, Model, ServePlan, VtdPlan};
-use super::record::{Recording, Scribe};
+use super::record::Recording;
 use super::snapshot::{self, Hex, Snapshot};
 use super::times::Times;
 use super::{qemu, snapshot::gather::nanos, viot};
@@ -155,7 +156,7 @@ pub(crate) struct Machine {
     iommu: Mutex<Option<Served>>,
     recording: Option<Arc<Recording<File>>>,
     /// Writes what a VT-d unit's record makes of its driver's tables.
-    scribe: Option<Arc<Scribe<File>>>,
+    scribe: Option<Arc<Scribe>>,
     started: Instant,
 }
 
@@ -194,7 +195,10 @@ impl Machine {
                 // The device is new: nobody else has taken its journal.
                 device.journal(recording.clone());
             }
-            scribe = vtd.as_ref().map(|_| Scribe::new(recording.clone()));
+            scribe = vtd.as_ref().map(|_| {
+                let recording = recording.clone();
+                Scribe::new(move |event| recording.write(event))
+            });
         }
         let (members, iommu, started) = (Mutex::default(), Mutex::default(), Instant::now());
         let machine = Self { plan, unit, device, vtd, members, iommu, recording, scribe, started };

@@ -88,14 +88,15 @@ impl Link {
     pub(super) fn invalidate(&self, range: IovaRange) -> Ack {
         let mut fates = Fates::new();
         let mut state = self.state();
+        // What was taken back for another reason may be in use until that has been answered.
+        let unanswered = if state.closed { state.sent } else { state.unawaited };
+        let has = state.held.remove(range) || state.answered < unanswered;
+        if !state.active || !has {
+            return Ack::Done;
+        }
         if state.closed {
             // Whether it has stopped, nobody knows: the fence finds out.
             return Ack::pending().0;
-        }
-        // What was taken back for another reason may be in use until that has been answered.
-        let has = state.held.remove(range) || state.answered < state.unawaited;
-        if !state.active || !has {
-            return Ack::Done;
         }
         let (ack, resolver) = Ack::pending();
         state.counts.invalidates = state.counts.invalidates.saturating_add(1);

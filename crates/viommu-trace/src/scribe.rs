@@ -1,50 +1,51 @@
-//! The history of a unit whose driver keeps tables in memory and says only where they have changed: what its record makes
-//! of that. Somebody must listen for that, and here it is the recording.
+//! The history of a unit as its record makes it: what endpoints see, and what changes there. For units whose drivers keep
+//! tables in memory and say only where they have changed, and for whoever has no journal of the guest's own words.
 
+use core::fmt;
 use std::collections::BTreeMap;
-use std::io::Write;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use viommu::endpoint::RegionKind;
 use viommu::subscribe::{Interest, Observer};
 use viommu::{
     Change, Endpoint, EndpointId, IovaRange, Kinds, Mapping, Space, SubscribeError, Subscription, View,
 };
-use viommu_trace::{Event, Reserved};
 
-use super::Recording;
+use crate::event::{Event, Reserved};
 
-/// The domain that endpoints are in, in a history, whose accesses pass. A unit's own domains have smaller numbers.
-const PASS: u32 = u32::MAX;
-
-/// Writes what endpoints see. Of a domain with several endpoints, one is listened to.
-pub(crate) struct Scribe<W: Write> {
-    recording: Arc<Recording<W>>,
+/// Tells the events of the endpoints that it follows. Of a domain with several endpoints, one is listened to.
+pub struct Scribe {
+    write: Box<dyn Fn(Event) + Send + Sync>,
     views: Mutex<Views>,
 }
 
 type Views = BTreeMap<EndpointId, View>;
 
-impl<W: Write + Send + 'static> Scribe<W> {
-    /// Begins with what the unit offers.
-    pub(crate) fn new(recording: Arc<Recording<W>>) -> Arc<Self> {
-        recording.write(Event::Config { page_sizes: !0xfff, input: IovaRange::ALL, bypass: false });
-        Arc::new(Self { recording, views: Mutex::default() })
+impl Scribe {
+    /// The domain that endpoints are in, in a history, whose accesses pass. A unit's own domains have smaller numbers.
+    pub const PASS: u32 = u32::MAX;
+
+    /// Gives the events to `write`, from inside the unit's steps: it must not ask the unit anything. See
+    /// [`Recorder::scribe`](crate::Recorder::scribe) for one that writes a history. The first says that the unit takes
+    /// everything.
+    pub fn new(write: impl Fn(Event) + Send + Sync + 'static) -> Arc<Self> {
+        write(Event::Config { page_sizes: !0xfff, input: IovaRange::ALL, bypass: false });
+        Arc::new(Self { write: Box::new(write), views: Mutex::default() })
     }
 
     /// Follows an endpoint that has just been added, until the subscription ends.
     ///
     /// # Errors
     /// The endpoint is gone, or its unit has no caching mode.
-    pub(crate) fn follow(self: &Arc<Self>, endpoint: &Endpoint) -> Result<Subscription, SubscribeError> {
+    pub fn follow(self: &Arc<Self>, endpoint: &Endpoint) -> Result<Subscription, SubscribeError> {
         let id = endpoint.id();
-        self.recording.write(Event::EndpointAdded { endpoint: id.requester });
+        (self.write)(Event::EndpointAdded { endpoint: id.requester });
         for region in endpoint.regions() {
             let kind = match region.kind {
                 RegionKind::Reserved => Reserved::Reserved,
                 RegionKind::Msi => Reserved::Msi,
             };
-            self.recording.write(Event::ReservedRegion { endpoint: id.requester, kind, range: region.range });
+            (self.write)(Event::ReservedRegion { endpoint: id.requester, kind, range: region.range });
         }
         let follower = Box::new(Follower { scribe: self.clone(), id });
         let subscription =
@@ -54,13 +55,13 @@ impl<W: Write + Send + 'static> Scribe<W> {
     }
 
     /// An endpoint has gone.
-    pub(crate) fn forget(&self, id: EndpointId) {
+    pub fn forget(&self, id: EndpointId) {
         if self.views().remove(&id).is_some() {
-            self.recording.write(Event::EndpointRemoved { endpoint: id.requester });
+            (self.write)(Event::EndpointRemoved { endpoint: id.requester });
         }
     }
 
-    fn views(&self) -> std::sync::MutexGuard<'_, Views> {
+    fn views(&self) -> MutexGuard<'_, Views> {
         self.views.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -78,12 +79,12 @@ impl<W: Write + Send + 'static> Scribe<W> {
         let event = match (before, to) {
             (Some(before), to) if before == to => return,
             (_, View::Domain(domain)) => Event::Attach { domain, endpoint, bypass: false },
-            (_, View::Identity) => Event::Attach { domain: PASS, endpoint, bypass: true },
+            (_, View::Identity) => Event::Attach { domain: Self::PASS, endpoint, bypass: true },
             (Some(View::Domain(domain)), View::Blocked) => Event::Detach { domain, endpoint },
-            (Some(View::Identity), View::Blocked) => Event::Detach { domain: PASS, endpoint },
+            (Some(View::Identity), View::Blocked) => Event::Detach { domain: Self::PASS, endpoint },
             (Some(View::Blocked) | None, View::Blocked) => return,
         };
-        self.recording.write(event);
+        (self.write)(event);
     }
 
     /// Whether it is for that endpoint to tell of the domain: the first one that sees it. Steps and moves of a unit come
@@ -94,12 +95,18 @@ impl<W: Write + Send + 'static> Scribe<W> {
     }
 }
 
-struct Follower<W: Write> {
-    scribe: Arc<Scribe<W>>,
+impl fmt::Debug for Scribe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Scribe").finish_non_exhaustive()
+    }
+}
+
+struct Follower {
+    scribe: Arc<Scribe>,
     id: EndpointId,
 }
 
-impl<W: Write + Send + 'static> Observer for Follower<W> {
+impl Observer for Follower {
     fn changed(&mut self, space: Space, change: &Change) {
         // Identity changes with the machine's memory, which is no doing of the driver's.
         let Space::Domain(domain) = space else { return };
@@ -108,10 +115,10 @@ impl<W: Write + Send + 'static> Observer for Follower<W> {
             return;
         }
         if let Some(old) = change.before() {
-            self.scribe.recording.write(Event::Unmap { domain, range: old.range });
+            (self.scribe.write)(Event::Unmap { domain, range: old.range });
         }
         if let Some(Mapping { range, gpa, access, target, .. }) = change.after().copied() {
-            self.scribe.recording.write(Event::Map { domain, range, gpa, access, target });
+            (self.scribe.write)(Event::Map { domain, range, gpa, access, target });
         }
     }
 
@@ -121,6 +128,3 @@ impl<W: Write + Send + 'static> Observer for Follower<W> {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

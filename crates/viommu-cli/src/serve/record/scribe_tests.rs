@@ -1,8 +1,8 @@
 use std::io::Cursor;
 use std::time::Duration;
 
-use viommu::{Access, Gpa, Iova, Target};
-use viommu_trace::History;
+use viommu::{Access, EndpointId, Gpa, Iova, IovaRange, Target};
+use viommu_trace::{History, Scribe};
 use viommu_vtd::spec::register as r;
 use viommu_vtd::{Config, Vtd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -72,7 +72,8 @@ impl Guest {
 fn what_a_driver_writes_into_its_tables_is_in_the_history_once_and_is_replayed() {
     let guest = Guest::new();
     let recording = Recording::new(Vec::new(), |why| panic!("{why}")).unwrap();
-    let scribe = Scribe::new(recording.clone());
+    let writing = recording.clone();
+    let scribe = Scribe::new(move |event| writing.write(event));
     let follow = |requester: u16| {
         let endpoint = guest.vtd.add_endpoint(requester).unwrap();
         scribe.follow(&endpoint).unwrap()
@@ -105,7 +106,7 @@ fn what_a_driver_writes_into_its_tables_is_in_the_history_once_and_is_replayed()
     let added = |endpoint| {
         [Event::EndpointAdded { endpoint }, Event::ReservedRegion { endpoint, kind: Reserved::Msi, range }]
     };
-    let pass = |endpoint| Event::Attach { domain: PASS, endpoint, bypass: true };
+    let pass = |endpoint| Event::Attach { domain: Scribe::PASS, endpoint, bypass: true };
     let attach = |endpoint| Event::Attach { domain: 7, endpoint, bypass: false };
     let page = |at: u64| IovaRange::new(Iova(at), Iova(at + 0xfff)).unwrap();
     let map = |at, gpa, access| Event::Map {
@@ -119,8 +120,8 @@ fn what_a_driver_writes_into_its_tables_is_in_the_history_once_and_is_replayed()
     let mut expected = vec![Event::Config { page_sizes: !0xfff, input: IovaRange::ALL, bypass: false }];
     expected.extend([&added(0x10)[..], &[pass(0x10)], &added(0x18), &[pass(0x18)]].concat());
     expected.extend([
-        Event::Detach { domain: PASS, endpoint: 0x10 },
-        Event::Detach { domain: PASS, endpoint: 0x18 },
+        Event::Detach { domain: Scribe::PASS, endpoint: 0x10 },
+        Event::Detach { domain: Scribe::PASS, endpoint: 0x18 },
         attach(0x10),
         map(0x1000, 0x8000, Access::RW),
         attach(0x18),
