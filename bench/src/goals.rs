@@ -35,7 +35,7 @@ pub(crate) struct Run {
     pub(crate) cells: Cells,
 }
 
-pub(crate) const GOALS: [Goal; 20] = [
+pub(crate) const GOALS: [Goal; 21] = [
     Goal { name: "G1", needs: &[(Work::Small, "translate")], rows: g1 },
     Goal { name: "G2", needs: &[(Work::Big, "translate")], rows: g2 },
     Goal { name: "G3", needs: &[(Work::Small, "pair")], rows: g3 },
@@ -55,6 +55,7 @@ pub(crate) const GOALS: [Goal; 20] = [
     Goal { name: "G17", needs: &[], rows: g17 },
     Goal { name: "V1", needs: &[], rows: v1 },
     Goal { name: "C1", needs: &[], rows: c1 },
+    Goal { name: "I1", needs: &[], rows: i1 },
     Goal { name: "none", needs: &[], rows: busy },
 ];
 
@@ -293,6 +294,33 @@ fn c1(run: &mut Run) -> Rows {
         let replay = run.row(("C1", what), (work, "replay"), ("ns", AtMost(200.0)), &[])?;
         rows.push(replay.done());
     }
+    Ok(rows)
+}
+
+/// A VT-d unit.
+fn i1(run: &mut Run) -> Rows {
+    let mut rows = Vec::new();
+    let counts = [("1k".to_owned(), "few"), (run.big(), "many")];
+    let mut of = |figure: &str| run.ours(Work::Vtd, figure, Pick::Min);
+    let over =
+        |more: Value, less: Value| Value { value: more.value / less.value, noise: more.noise + less.noise };
+    rows.push(
+        Row::new("none", "VT-d: invalidation of one changed page, a mirror", "ns", Limit::None, of("page")?)
+            .done(),
+    );
+    for (count, figure) in counts {
+        let (narrow, wide) = (of(&format!("global 39 {figure}"))?, of(&format!("global 48 {figure}"))?);
+        let what = format!("VT-d: global invalidation, {count} live, 2^48, a page");
+        rows.push(Row::new("none", what, "ns", Limit::None, wide).done());
+        let what = format!("the same beside 2^39, {count} live");
+        rows.push(Row::new("I1", what, "x", AtMost(1.5), over(wide, narrow)).done());
+    }
+    let growth = over(of("global 48 many")?, of("global 48 few")?);
+    rows.push(Row::new("I1", "growth of that for a page from 1k live", "x", AtMost(1.5), growth).done());
+    let (hit, owned) = (of("hit")?, of("owned")?);
+    rows.push(Row::new("none", "VT-d: translate, in the IOTLB", "ns", Limit::None, hit).done());
+    rows.push(Row::new("I1", "that beside the owned record", "x", AtMost(1.5), over(hit, owned)).done());
+    rows.push(Row::new("none", "VT-d: translate, walked", "ns", Limit::None, of("miss")?).done());
     Ok(rows)
 }
 

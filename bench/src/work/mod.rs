@@ -7,6 +7,7 @@ pub(crate) mod dense;
 pub(crate) mod dispatch;
 pub(crate) mod memory;
 pub(crate) mod ring;
+pub(crate) mod vtd;
 
 use std::collections::BTreeMap;
 
@@ -66,6 +67,8 @@ pub(crate) enum Work {
     Iommufd,
     /// The vhost-vDPA mirror over a device that does nothing.
     Vdpa,
+    /// Invalidations and translations of a VT-d unit.
+    Vtd,
 }
 
 impl Work {
@@ -163,6 +166,7 @@ pub(crate) fn run(work: Work, who: Who, effort: Effort, wanted: &[String]) -> an
         (Work::Attach, Who::Viommu) => alone::attach(effort),
         (Work::EmptyReplay, Who::Viommu) => alone::empty_replay(effort),
         (Work::Ring, Who::Viommu) => ring::ours(effort),
+        (Work::Vtd, Who::Viommu) => vtd::ours(effort),
         (Work::Type1, Who::Viommu) => consumers::type1(effort),
         (Work::Iommufd, Who::Viommu) => consumers::iommufd(effort),
         (Work::Vdpa, Who::Viommu) => consumers::vdpa(effort),

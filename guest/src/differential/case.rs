@@ -492,8 +492,9 @@ impl Case<'_> {
         self.note(format_args!("{line}"));
         let denies = self.model.may_be_denied_by_a_kept_page(&*memory, request);
         let walks = self.model.walks(&*memory, request);
-        let (theirs, ours) = self.machine.access(device, request, &places, slot, keeps)?;
+        // Before: a write may reach the tables themselves.
         self.model.note(&*memory, request);
+        let (theirs, ours) = self.machine.access(device, request, &places, slot, keeps)?;
         self.tally.accesses += 1;
         self.tally.stale += u64::from(allowed.len() > 1);
         self.tally.blocked += u64::from(ours.record.is_some());
