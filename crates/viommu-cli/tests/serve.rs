@@ -6,9 +6,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
+use viommu_vfio_user::client::{Client, NoMemory};
+use viommu_vfio_user::spec::{irq, region};
 
 fn serve(directory: &Path, options: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_viommu"));
@@ -114,6 +117,51 @@ fn sockets_of_a_killed_server_are_taken_over() {
     assert!(second.stop(Signal::TERM).success());
 }
 
+/// What a monitor reads first of a function.
+fn identity(client: &Client) -> [u8; 4] {
+    let mut bytes = [0; 4];
+    client.region_read(region::CONFIG, 0, &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn proxy_whose_device_dies_reads_as_all_ones_until_the_next_client() {
+    const RNG: [u8; 4] = [0xf4, 0x1a, 0x44, 0x10];
+    let directory = tempfile::tempdir().unwrap();
+    let other = directory.path().join("other");
+    fs::create_dir(&other).unwrap();
+    let device = || Server::start(&other, &["--no-iommu", "--access-platform", "--endpoint", "00:02.0=rng"]);
+    // There is nobody yet.
+    let server = Server::start(directory.path(), &["--endpoint", "00:02.0=proxy:other/s/00-02.0.sock"]);
+    let connect = || {
+        let stream = UnixStream::connect(directory.path().join("s/00-02.0.sock")).unwrap();
+        Client::connect(stream, Duration::from_secs(10), NoMemory).unwrap()
+    };
+    let counter = |name: &str| {
+        let snapshot = ask(directory.path(), &json!({ "get": "snapshot" }));
+        snapshot["snapshot"]["endpoints"][0]["counters"][name].as_u64()
+    };
+    let client = connect();
+    assert_eq!((identity(&client), counter("upstream_connected")), ([0xff; 4], Some(0)));
+    assert!(client.close("another comes"));
+
+    let first = device();
+    let client = connect();
+    assert_eq!((identity(&client), counter("upstream_connected")), (RNG, Some(1)));
+    assert!(client.irq_info(irq::MSIX).unwrap().count > 0);
+    assert!(client.region_info(0).unwrap().size > 0);
+    assert!(!first.stop(Signal::KILL).success());
+    assert_eq!(identity(&client), [0xff; 4]);
+    let second = device();
+    assert_eq!((identity(&client), counter("upstream_connected")), ([0xff; 4], Some(0)));
+    assert!(client.close("another comes"));
+
+    let client = connect();
+    assert_eq!((identity(&client), counter("upstream_connections")), (RNG, Some(2)));
+    assert!(server.stop(Signal::TERM).success());
+    assert!(second.stop(Signal::TERM).success());
+}
+
 #[test]
 fn disk_that_is_in_use_is_refused() {
     let directory = tempfile::tempdir().unwrap();
@@ -136,6 +184,15 @@ fn wrong_options_are_one_message_each_and_serve_nothing() {
         (&["--page-sizes", "5K"], "--page-sizes 5K"),
         (&["--reserved", "0x10-0x1"], "--reserved 0x10-0x1"),
         (&["--no-iommu"], "nothing to serve"),
+        (&["--endpoint", "00:02.0=proxy:"], "needs the socket"),
+        (
+            &["--iommu", "vtd@00:01.0,caching-mode=off", "--endpoint", "00:02.0=proxy:x"],
+            "without caching mode",
+        ),
+        (
+            &["--iommu", "vtd@00:01.0,scalable=first-stage", "--endpoint", "00:02.0=proxy:x"],
+            "first-stage tables",
+        ),
     ] {
         let why = refused(directory.path(), options);
         assert_eq!(why.lines().count(), 1, "{options:?}: {why}");
