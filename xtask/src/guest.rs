@@ -75,11 +75,8 @@ pub(crate) fn run(options: &Options, context: &Context) -> anyhow::Result<()> {
 ///
 /// If something does not build, or cannot be had.
 pub(crate) fn kernel(context: &Context) -> anyhow::Result<()> {
-    let folder = context.target("guest");
-    let mut command = context.command(&built(context, "viommu-guest", "viommu-guest")?.display().to_string());
-    command.arg("--folder").arg(&folder).arg("--build-kernel");
-    // What the cases are about, which are not run.
-    command.arg("--viommu").arg(&folder).arg("--inside").arg(&folder);
+    let mut command = program(context, &context.target("debug").join("viommu"))?;
+    command.arg("--build-kernel");
     let status = command.status().context("the live tests do not start")?;
     if !status.success() {
         bail!("the kernel: {status}");
