@@ -35,7 +35,7 @@ pub(crate) struct Run {
     pub(crate) cells: Cells,
 }
 
-pub(crate) const GOALS: [Goal; 21] = [
+pub(crate) const GOALS: [Goal; 22] = [
     Goal { name: "G1", needs: &[(Work::Small, "translate")], rows: g1 },
     Goal { name: "G2", needs: &[(Work::Big, "translate")], rows: g2 },
     Goal { name: "G3", needs: &[(Work::Small, "pair")], rows: g3 },
@@ -55,6 +55,7 @@ pub(crate) const GOALS: [Goal; 21] = [
     Goal { name: "G17", needs: &[], rows: g17 },
     Goal { name: "V1", needs: &[], rows: v1 },
     Goal { name: "C1", needs: &[], rows: c1 },
+    Goal { name: "C2", needs: &[], rows: c2 },
     Goal { name: "I1", needs: &[], rows: i1 },
     Goal { name: "none", needs: &[], rows: busy },
 ];
@@ -295,6 +296,18 @@ fn c1(run: &mut Run) -> Rows {
         rows.push(replay.done());
     }
     Ok(rows)
+}
+
+/// What a vhost device misses and is told is gone, less its calls.
+fn c2(run: &mut Run) -> Rows {
+    let what = "an answer to a miss of a full vhost device, less its calls".to_owned();
+    let answer = run.row(("C2", what), (Work::Vhost, "answer"), ("ns", AtMost(1000.0)), &[])?;
+    let unheard = run.ours(Work::Vhost, "unheard", Pick::Min)?;
+    let told = run.ours(Work::Vhost, "told", Pick::Min)?;
+    let removal = Value { value: told.value - unheard.value, noise: told.noise };
+    let what = "an unmap that a vhost device is told of, above one that it is not, less its call".to_owned();
+    let removal = Row::new("C2", what, "ns", AtMost(200.0), removal);
+    Ok(vec![answer.done(), removal.done()])
 }
 
 /// A VT-d unit.

@@ -22,6 +22,9 @@ pub(crate) const MANIFEST: &str = "fuzz/Cargo.toml";
 /// Runs of each target in the smoke test.
 const SMOKE_RUNS: u64 = 20_000;
 
+/// And no longer than so, where a target is slow.
+const SMOKE_SECONDS: u64 = 60;
+
 /// The seed of the smoke test: what fails there fails again, and is due to the change at hand.
 const SMOKE_SEED: u32 = 1;
 
@@ -103,11 +106,12 @@ pub(crate) fn smoke(context: &Context) -> anyhow::Result<Outcome> {
         }
         let mut command = fuzzer(context, &programs.join(target), target, &folder)?;
         command.arg(format!("-runs={SMOKE_RUNS}")).arg(format!("-seed={SMOKE_SEED}"));
+        command.arg(format!("-max_total_time={SMOKE_SECONDS}"));
         corpora(context, target, &folder, &mut command)?;
         println!("fuzzing {target}, with seed {SMOKE_SEED}");
         run_quietly(context, command).with_context(|| format!("{target}, input in {}", folder.display()))?;
     }
-    Ok(Outcome::Passed(format!("{} targets, {SMOKE_RUNS} runs each", targets.len())))
+    Ok(Outcome::Passed(format!("{} targets, {SMOKE_RUNS} runs or {SMOKE_SECONDS} s each", targets.len())))
 }
 
 /// The names of the targets.

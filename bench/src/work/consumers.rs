@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use anyhow::{Context as _, ensure};
-use viommu::{EndpointConfig, Interest, Iommu, Space, Tables};
+use viommu::{Domain, EndpointConfig, Interest, Iommu, Space, Tables};
 use viommu_vfio::{iommufd::Iommufd, type1::Container};
 use viommu_vhost::vdpa::{DEFAULT_ENTRIES, Device};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -18,11 +18,16 @@ use crate::work::Figures;
 const MEMORY: u64 = 1 << 30;
 
 /// Addresses of the device's that are used: pages that do not touch.
-fn iova(page: u64) -> u64 {
+pub(super) fn iova(page: u64) -> u64 {
     (1 << 32) + page * 2 * PAGE
 }
 
-fn gpa(page: u64) -> u64 {
+/// The number of a random one of `count` (a power of two) pages.
+pub(super) fn any(random: &mut Random, count: u64) -> u64 {
+    (random.next() >> 20) & (count - 1)
+}
+
+pub(super) fn gpa(page: u64) -> u64 {
     page * 7 % (MEMORY / PAGE) * PAGE
 }
 
@@ -32,7 +37,20 @@ struct Seated {
     entries: Box<dyn Fn() -> u64>,
 }
 
-type Memory = Arc<GuestMemoryMmap<()>>;
+pub(super) type Memory = Arc<GuestMemoryMmap<()>>;
+
+/// Memory, and domain 1 with so many pages of it.
+pub(super) fn filled(count: u64) -> anyhow::Result<(Memory, Iommu, Domain)> {
+    let half = usize::try_from(MEMORY / 2)?;
+    let memory = [(GuestAddress(0), half), (GuestAddress(MEMORY / 2), half)];
+    let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&memory)?);
+    let iommu = Iommu::builder().ram(0, MEMORY / 2).ram(MEMORY / 2, MEMORY / 2).build()?;
+    let domain = iommu.create_domain(1, Tables::Owned)?;
+    (0..count)
+        .try_for_each(|page| map(&domain, iova(page), PAGE, gpa(page)).then_some(()))
+        .context("a map")?;
+    Ok((memory, iommu, domain))
+}
 
 /// Nanoseconds of a pair and of a replayed mapping, through the record and a mirror that `seat` puts at domain 1, with a host
 /// that does nothing.
@@ -41,15 +59,8 @@ fn measure(
     count: u64,
     seat: impl Fn(&Iommu, Memory) -> anyhow::Result<Seated>,
 ) -> anyhow::Result<Figures> {
-    let half = usize::try_from(MEMORY / 2)?;
-    let memory = [(GuestAddress(0), half), (GuestAddress(MEMORY / 2), half)];
-    let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&memory)?);
-    let iommu = Iommu::builder().ram(0, MEMORY / 2).ram(MEMORY / 2, MEMORY / 2).build()?;
-    let domain = iommu.create_domain(1, Tables::Owned)?;
+    let (memory, iommu, domain) = filled(count)?;
     let mut figures = Figures::new();
-    (0..count)
-        .try_for_each(|page| map(&domain, iova(page), PAGE, gpa(page)).then_some(()))
-        .context("a map")?;
     for _ in 0..effort.rounds() {
         let start = Cpu::start();
         let seated = seat(&iommu, memory.clone())?;

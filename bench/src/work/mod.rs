@@ -7,6 +7,7 @@ pub(crate) mod dense;
 pub(crate) mod dispatch;
 pub(crate) mod memory;
 pub(crate) mod ring;
+pub(crate) mod vhost;
 pub(crate) mod vtd;
 
 use std::collections::BTreeMap;
@@ -69,6 +70,8 @@ pub(crate) enum Work {
     Vdpa,
     /// Invalidations and translations of a VT-d unit.
     Vtd,
+    /// The vhost cache over a device that does nothing.
+    Vhost,
 }
 
 impl Work {
@@ -76,6 +79,7 @@ impl Work {
     pub(crate) fn is_short(self) -> bool {
         use Work::{
             Attach, Big, Dispatch, EmptyReplay, Guard, Huge, IdleReaders, Iommufd, Ring, Small, Type1, Vdpa,
+            Vhost,
         };
         matches!(
             self,
@@ -91,6 +95,7 @@ impl Work {
                 | Type1
                 | Iommufd
                 | Vdpa
+                | Vhost
         )
     }
 }
@@ -170,6 +175,7 @@ pub(crate) fn run(work: Work, who: Who, effort: Effort, wanted: &[String]) -> an
         (Work::Type1, Who::Viommu) => consumers::type1(effort),
         (Work::Iommufd, Who::Viommu) => consumers::iommufd(effort),
         (Work::Vdpa, Who::Viommu) => consumers::vdpa(effort),
+        (Work::Vhost, Who::Viommu) => vhost::ours(effort),
         _ => anyhow::bail!("{} does not do that", who.name()),
     }
 }
