@@ -69,7 +69,7 @@ fn measure(
         ensure!(held == count, "{held} of {count} mappings are held");
         let mut random = Random(5);
         let pair = per_call(effort.budget(), || {
-            let page = random.page(count);
+            let page = (random.next() >> 20) % count;
             unmap(&domain, iova(page), PAGE);
             black_box(map(&domain, iova(page), PAGE, gpa(page)));
         });
