@@ -1,7 +1,7 @@
 //! What is on a disk after a guest has written to it, looked at from the host.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fs,
     path::Path,
     process::{Command, Stdio},
@@ -17,6 +17,21 @@ pub(crate) struct Part {
     pub(crate) pattern: Pattern,
     /// The last write that is safe: it was flushed after.
     pub(crate) flushed: u64,
+}
+
+/// The last write that is safe of each disk and thread, by what the load has said after its flushes: "disk thread write".
+///
+/// # Errors
+///
+/// If a line is none of these.
+pub(crate) fn flushed(lines: &[String]) -> anyhow::Result<BTreeMap<(u64, u64), u64>> {
+    let mut flushed = BTreeMap::new();
+    for line in lines {
+        let words: Vec<u64> = line.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+        let [disk, thread, write] = words[..] else { bail!("{line:?}") };
+        flushed.insert((disk, thread), write);
+    }
+    Ok(flushed)
 }
 
 /// Checks that each block holds the last write to it that was flushed, or a later one; how many blocks were written.
@@ -70,6 +85,13 @@ pub(crate) fn md5(path: &Path) -> anyhow::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn flushed_when_a_line_comes_twice_has_the_last_of_each_thread() {
+        let lines = ["0 1 64", "1 1 64", "0 1 128", "0 1 128"].map(str::to_owned);
+        assert_eq!(flushed(&lines).expect("lines"), BTreeMap::from([((0, 1), 128), ((1, 1), 64)]));
+        flushed(&["0 1".to_owned()]).expect_err("a word less");
+    }
 
     #[test]
     fn check_takes_later_writes_and_refuses_earlier_and_torn_sectors() {

@@ -1,6 +1,6 @@
 //! The server is killed amid writes: QEMU lives on, what was flushed is on the disk, and a new server serves it again.
 
-use std::{collections::HashMap, thread, time::Duration};
+use std::{thread, time::Duration};
 
 use anyhow::Context as _;
 use serde_json::json;
@@ -45,15 +45,10 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
         return Err(vm.failure("expected that QEMU lives on, seen that it has ended"));
     };
 
-    let mut flushed = HashMap::new();
-    for line in vm.said_lines("FLUSHED") {
-        let words: Vec<u64> = line.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
-        let [_, thread, write] = words[..] else { anyhow::bail!("{line:?}") };
-        flushed.insert(thread, write);
-    }
+    let flushed = disk::flushed(&vm.said_lines("FLUSHED"))?;
     expect("threads that have flushed", flushed.len() as u64, THREADS)?;
     let safe: u64 = flushed.values().sum();
-    for (thread, flushed) in flushed {
+    for ((_, thread), flushed) in flushed {
         disk::check(&image, Part { thread, pattern: Pattern::new(thread, BLOCKS), flushed })?;
     }
     if vm.is_running()? {

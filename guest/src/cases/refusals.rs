@@ -1,7 +1,5 @@
 //! More mappings are asked for than there may be: requests wait or fail, and nothing is corrupt.
 
-use std::collections::HashMap;
-
 use anyhow::ensure;
 use viommu_guest_inside::pattern::Pattern;
 
@@ -38,13 +36,7 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     let errors: u64 =
         vm.said_lines("LOAD").iter().filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum();
     // What was flushed is on the disk, whatever was refused.
-    let mut flushed = HashMap::new();
-    for line in vm.said_lines("FLUSHED") {
-        let words: Vec<u64> = line.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
-        let [_, thread, write] = words[..] else { anyhow::bail!("{line:?}") };
-        flushed.insert(thread, write);
-    }
-    for (thread, flushed) in flushed {
+    for ((_, thread), flushed) in disk::flushed(&vm.said_lines("FLUSHED"))? {
         disk::check(&image, Part { thread, pattern: Pattern::new(thread, BLOCKS), flushed })?;
     }
     let stuck = if vm.said_lines("STUCK").is_empty() { "" } else { ", some never answered" };
