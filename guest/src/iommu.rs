@@ -79,8 +79,12 @@ impl Iommu {
         match self.model {
             Model::Virtio => format!("page fault from EP {} at {iova:#x}", requester(address)),
             Model::Vtd(tables) => {
-                // First-stage tables have a reason of their own for an entry that is not present.
-                let reason = if tables == Tables::First { "0x71" } else { "0x05" };
+                // In scalable mode, each stage has a reason of its own for an entry that allows nothing.
+                let reason = match tables {
+                    Tables::Second => "0x79",
+                    Tables::First => "0x71",
+                    Tables::Legacy => "0x05",
+                };
                 format!("{address}] fault addr {iova:#x} [fault reason {reason}]")
             }
         }

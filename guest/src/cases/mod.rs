@@ -92,7 +92,7 @@ pub(crate) const CASES: &[Case] = &[
     case("probe", Iommu::VIRTIO, probe::run, PROBE),
     case("vtd-probe", Iommu::VTD, probe::run, PROBE),
     full(case("vtd-lazy-probe", Iommu::VTD_LAZY, probe::run, PROBE)),
-    full(case("vtd-second-probe", Iommu::VTD_SECOND, probe::run, PROBE)),
+    case("vtd-second-probe", Iommu::VTD_SECOND, probe::run, PROBE),
     case("vtd-first-probe", Iommu::VTD_FIRST, probe::run, PROBE),
     case("passthrough", Iommu::VIRTIO, passthrough::run, "identity domains, and a group that changes from one to the other and back"),
     case("firmware", Iommu::VIRTIO, firmware::run, "the firmware boots from a disk, before any driver"),
