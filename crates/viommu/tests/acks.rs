@@ -161,3 +161,59 @@ fn an_observer_hears_that_its_endpoint_is_blocked() {
     drop(e.block().unwrap());
     assert_eq!(*seen.lock().unwrap(), [View::Blocked]);
 }
+/// Answers later, and cannot be cut off.
+#[derive(Clone, Default)]
+struct Uncut(std::sync::Arc<std::sync::Mutex<Vec<ack::Resolver>>>);
+impl Uncut {
+    fn pending(&self) -> Ack {
+        let (ack, resolver) = Ack::pending();
+        self.0.lock().unwrap().push(resolver);
+        ack
+    }
+}
+impl Mirror for Uncut {
+    fn reach(&self) -> Reach {
+        Reach::default()
+    }
+    fn map(&mut self, _: &Mapping) -> Result<Ack, Refused> {
+        Ok(Ack::Done)
+    }
+    fn unmap(&mut self, range: IovaRange) -> Result<Unmapped, Refused> {
+        Ok(Unmapped { bytes: range.bytes(), dirty: None, ack: self.pending() })
+    }
+    fn fence(&mut self) -> Result<(), FenceFailed> {
+        Err(FenceFailed("told to fail".into()))
+    }
+    fn held(&self) -> Vec<Mapping> {
+        Vec::new()
+    }
+}
+impl Cache for Uncut {
+    fn install(&mut self, _: &Mapping) {}
+    fn invalidate(&mut self, _: IovaRange) -> Ack {
+        self.pending()
+    }
+    fn fence(&mut self) -> Result<(), FenceFailed> {
+        Err(FenceFailed("told to fail".into()))
+    }
+}
+#[test]
+fn a_fence_that_failed_for_one_step_has_not_held_for_the_next() {
+    for cache in [false, true] {
+        let (_i, e, d) = setup();
+        let uncut = Uncut::default();
+        let _s = if cache {
+            e.subscribe_cache(Box::new(uncut.clone()), Interest::CACHE).unwrap()
+        } else {
+            e.subscribe_mirror(Box::new(uncut.clone()), Interest::MIRROR).unwrap()
+        };
+        let other = Mapping::new(Iova(0x9000), 0x1000, Gpa(0xa000), Access::RW).unwrap();
+        d.map(page()).unwrap().wait().unwrap();
+        d.map(other).unwrap().wait().unwrap();
+        let first = d.unmap(page().range).unwrap();
+        let second = d.unmap(other.range).unwrap();
+        uncut.0.lock().unwrap().drain(..).for_each(ack::Resolver::failed);
+        assert!(matches!(first.wait(), Err(WaitError::FenceFailed)), "cache: {cache}");
+        assert!(matches!(second.wait(), Err(WaitError::FenceFailed)), "cache: {cache}");
+    }
+}

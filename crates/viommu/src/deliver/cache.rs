@@ -4,7 +4,6 @@ use crate::ack::Ack;
 use crate::addr::{Iova, IovaRange};
 use crate::deliver::{Counts, Sub};
 use crate::endpoint::EndpointShared;
-use crate::error::Incident;
 use crate::mapping::{Access, Mapping};
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
@@ -90,15 +89,10 @@ impl CacheSeat {
     /// Cuts it off, unless it is, and tells the alarm; whether that held.
     pub(crate) fn fence_and_tell(&self, why: &str) -> bool {
         if self.sub.is_fenced() {
-            return true;
+            return self.sub.is_cut_off();
         }
-        let (subscription, endpoint) = (self.sub.id(), self.sub.endpoint());
         let outcome = self.fence();
-        self.sub.alarm(&match &outcome {
-            Ok(()) => Incident::Fenced { subscription, endpoint, why: why.into() },
-            Err(failed) => Incident::FenceFailed { subscription, endpoint, why: format!("{why}; {failed}") },
-        });
-        outcome.is_ok()
+        self.sub.tell_fence(outcome, why)
     }
 
     pub(crate) fn held(&self) -> Option<Vec<Mapping>> {

@@ -6,7 +6,6 @@ use crate::deliver::lens::Lens;
 use crate::deliver::{Counts, Sub};
 use crate::domain::SCRATCH;
 use crate::domain::dirty::{DirtyLog, note_dirty};
-use crate::error::Incident;
 use crate::mapping::{Mapping, Target};
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
@@ -416,15 +415,10 @@ impl MirrorSeat {
     /// Cuts the device off, and tells the embedder. `false`: that failed.
     pub(crate) fn fence_and_tell(&mut self, why: &str) -> bool {
         if !self.live {
-            return true;
+            return self.sub.is_cut_off();
         }
-        let (subscription, endpoint) = (self.sub.id(), self.sub.endpoint());
         let outcome = self.fence();
-        self.sub.alarm(&match &outcome {
-            Ok(()) => Incident::Fenced { subscription, endpoint, why: why.into() },
-            Err(failed) => Incident::FenceFailed { subscription, endpoint, why: format!("{why}; {failed}") },
-        });
-        outcome.is_ok()
+        self.sub.tell_fence(outcome, why)
     }
 
     /// What the mirror says it holds.

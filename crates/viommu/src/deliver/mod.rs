@@ -13,7 +13,7 @@ use crate::endpoint::{EndpointId, EndpointShared, Sight};
 use crate::error::Incident;
 use crate::iommu::unit::{Totals, Unit};
 use crate::mapping::{Access, Mapping, Target};
-use crate::subscribe::{Interest, Kinds, Observer, Space};
+use crate::subscribe::{FenceFailed, Interest, Kinds, Observer, Space};
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock};
 
 pub(crate) use cache::CacheSeat;
@@ -24,6 +24,8 @@ pub(crate) struct Sub {
     id: u64,
     endpoint: Option<EndpointId>,
     fenced: AtomicBool,
+    /// Its fence failed: nobody knows what its device can still reach.
+    uncut: AtomicBool,
     /// The endpoints that it serves: cut off with it.
     serves: Mutex<Vec<Arc<EndpointShared>>>,
     unit: Weak<Unit>,
@@ -37,7 +39,8 @@ impl Sub {
         unit: Weak<Unit>,
     ) -> Arc<Self> {
         let serves = Mutex::new(serves);
-        Arc::new(Self { id, endpoint, fenced: AtomicBool::new(false), serves, unit })
+        let (fenced, uncut) = (AtomicBool::new(false), AtomicBool::new(false));
+        Arc::new(Self { id, endpoint, fenced, uncut, serves, unit })
     }
 
     pub(crate) fn id(&self) -> u64 {
@@ -51,6 +54,25 @@ impl Sub {
 
     pub(crate) fn is_fenced(&self) -> bool {
         self.fenced.load(Ordering::Acquire)
+    }
+
+    /// Whether its fence, which has been tried, held.
+    pub(crate) fn is_cut_off(&self) -> bool {
+        !self.uncut.load(Ordering::Acquire)
+    }
+
+    /// Tells the alarm what came of its fence; whether that held.
+    pub(crate) fn tell_fence(&self, outcome: Result<(), FenceFailed>, why: &str) -> bool {
+        let (subscription, endpoint) = (self.id, self.endpoint);
+        let held = outcome.is_ok();
+        if !held {
+            self.uncut.store(true, Ordering::Release);
+        }
+        self.alarm(&match outcome {
+            Ok(()) => Incident::Fenced { subscription, endpoint, why: why.into() },
+            Err(failed) => Incident::FenceFailed { subscription, endpoint, why: format!("{why}; {failed}") },
+        });
+        held
     }
 
     /// Marks it, and its endpoints, as cut off: their accesses in this process fault from now on.
