@@ -72,6 +72,9 @@ struct Options {
     json: Option<PathBuf>,
 }
 
+/// How `--build-kernel` ends where what it needs cannot be had; `cargo xtask` knows the number.
+const NOT_HERE: u8 = 3;
+
 fn main() -> ExitCode {
     let options = Options::parse();
     if options.list {
@@ -90,7 +93,7 @@ fn main() -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            if error.is::<setup::NotHere>() { NOT_HERE.into() } else { ExitCode::FAILURE }
         }
     }
 }

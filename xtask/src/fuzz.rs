@@ -5,6 +5,8 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::{Mutex, PoisonError},
+    thread,
 };
 
 use anyhow::{Context as _, bail};
@@ -23,7 +25,10 @@ pub(crate) const MANIFEST: &str = "fuzz/Cargo.toml";
 const SMOKE_RUNS: u64 = 20_000;
 
 /// And no longer than so, where a target is slow.
-const SMOKE_SECONDS: u64 = 60;
+const SMOKE_SECONDS: u64 = 30;
+
+/// Targets that run at a time: one a processor of a small machine.
+const AT_A_TIME: usize = 2;
 
 /// The seed of the smoke test: what fails there fails again, and is due to the change at hand.
 const SMOKE_SEED: u32 = 1;
@@ -98,20 +103,37 @@ pub(crate) fn smoke(context: &Context) -> anyhow::Result<Outcome> {
     }
     let targets = targets(context)?;
     let programs = build(context)?;
-    for target in &targets {
-        // Only the corpus in the tree counts: what an earlier smoke test found would make this one another.
-        let folder = context.target("fuzz").join("smoke").join(target);
-        if folder.exists() {
-            fs::remove_dir_all(&folder)?;
-        }
-        let mut command = fuzzer(context, &programs.join(target), target, &folder)?;
-        command.arg(format!("-runs={SMOKE_RUNS}")).arg(format!("-seed={SMOKE_SEED}"));
-        command.arg(format!("-max_total_time={SMOKE_SECONDS}"));
-        corpora(context, target, &folder, &mut command)?;
-        println!("fuzzing {target}, with seed {SMOKE_SEED}");
-        run_quietly(context, command).with_context(|| format!("{target}, input in {}", folder.display()))?;
-    }
+    let left = Mutex::new(targets.iter());
+    let next = || left.lock().unwrap_or_else(PoisonError::into_inner).next();
+    thread::scope(|scope| {
+        let worker = || -> anyhow::Result<()> {
+            while let Some(target) = next() {
+                smoke_one(context, &programs.join(target), target)?;
+            }
+            Ok(())
+        };
+        let workers: Vec<_> = (0..AT_A_TIME).map(|_| scope.spawn(worker)).collect();
+        let ends: Vec<_> = workers.into_iter().map(thread::ScopedJoinHandle::join).collect();
+        ends.into_iter().try_for_each(|end| end.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })?;
     Ok(Outcome::Passed(format!("{} targets, {SMOKE_RUNS} runs or {SMOKE_SECONDS} s each", targets.len())))
+}
+
+/// Runs one target of the smoke test.
+fn smoke_one(context: &Context, program: &Path, target: &str) -> anyhow::Result<()> {
+    // Only the corpus in the tree counts: what an earlier smoke test found would make this one another.
+    let folder = context.target("fuzz").join("smoke").join(target);
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    let mut command = fuzzer(context, program, target, &folder)?;
+    command.arg(format!("-runs={SMOKE_RUNS}")).arg(format!("-seed={SMOKE_SEED}"));
+    command.arg(format!("-max_total_time={SMOKE_SECONDS}"));
+    corpora(context, target, &folder, &mut command)?;
+    println!("fuzzing {target}, with seed {SMOKE_SEED}");
+    run_quietly(context, command)
+        .map(drop)
+        .with_context(|| format!("{target}, input in {}", folder.display()))
 }
 
 /// The names of the targets.

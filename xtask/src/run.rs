@@ -36,7 +36,8 @@ pub(crate) fn run_quietly(context: &Context, mut command: Command) -> anyhow::Re
     drop(command);
 
     let mut filter = Filter { verbose: context.verbose, ..Filter::default() };
-    let mut out = std::io::stdout().lock();
+    // Not locked: others may have something to say meanwhile.
+    let mut out = std::io::stdout();
     let mut reader = BufReader::new(output);
     let mut line = Vec::new();
     while reader.read_until(b'\n', &mut line)? > 0 {

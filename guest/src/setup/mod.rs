@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 
 use self::apt::Apt;
-pub(crate) use self::kernel::Kernel;
+pub(crate) use self::{kernel::Kernel, own::NotHere};
 
 /// Raised when what is unpacked changes: an older folder is made anew.
 const GENERATION: &str = "1";

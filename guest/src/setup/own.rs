@@ -2,7 +2,7 @@
 //! built from Debian's source package of the newest kernel, below the target folder.
 
 use std::{
-    env, fs,
+    env, fmt, fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
@@ -27,8 +27,38 @@ const PROGRAMS: [(&str, &[&str]); 3] =
     [("flex", &["flex", "m4"]), ("bison", &["bison", "m4"]), ("bc", &["bc"])];
 /// The same for a header of libelf's, which the kernel's own tools need.
 const LIBELF: (&str, &[&str]) = ("/usr/include/gelf.h", &["libelf-dev", "libelf1", "zlib1g-dev"]);
+/// Of the source, what is not unpacked: more than half of it. Configuration files and Makefiles stay, for the kernel's own
+/// configuration program reads those of every folder.
+const LEFT_OUT: [&str; 16] = [
+    "arch/[!x]*.[chS]",
+    "arch/*.dts*",
+    "Documentation/*.rst",
+    "Documentation/*.yaml",
+    "drivers/accel/*.[ch]",
+    "drivers/clk/*/*.[ch]",
+    "drivers/gpu/*/*.[ch]",
+    "drivers/infiniband/*.[ch]",
+    "drivers/media/*.[ch]",
+    "drivers/net/*/*.[ch]",
+    "drivers/scsi/*.[ch]",
+    "drivers/staging/*.[ch]",
+    "drivers/usb/*.[ch]",
+    "sound/*.[ch]",
+    "tools/perf/*",
+    "tools/testing/*",
+];
 /// What there must be.
 const COMPILER: [&str; 5] = ["make", "gcc", "ld", "tar", "xz"];
+
+/// Why there is no kernel where nothing is wrong with it: no compiler, no packages.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NotHere;
+
+impl fmt::Display for NotHere {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("what a kernel is built with, or from, cannot be had here")
+    }
+}
 
 /// The kernel, if it was built, and of this configuration.
 pub(super) fn built(folder: &Path) -> Option<Kernel> {
@@ -61,9 +91,6 @@ pub(super) fn build(folder: &Path) -> anyhow::Result<()> {
         println!("kernel {} is there: {}", kernel.release, kernel.vmlinux.display());
         return Ok(());
     }
-    for program in COMPILER {
-        ensure!(is_there(program), "{program} is not on this machine, and a kernel is built with it");
-    }
     let begun = Instant::now();
     let work = folder.join("kernel-own.work");
     if work.exists() {
@@ -72,10 +99,7 @@ pub(super) fn build(folder: &Path) -> anyhow::Result<()> {
     for part in ["package", "tools", "source", "objects"] {
         fs::create_dir_all(work.join(part)).with_context(|| work.display().to_string())?;
     }
-    let own = own_release().unwrap_or_else(|| STABLE.to_owned());
-    let apt = Apt::open(&folder.join("apt"), &[STABLE, BACKPORTS, &own])?;
-    let source = unpack_source(&apt, &work)?;
-    let make = Make { environment: tools(&apt, &own, &work.join("tools"))?, work: work.clone() };
+    let (source, make) = gather(folder, &work).context(NotHere)?;
     println!(
         "  {source} unpacked after {:.0} s; it is built now, which takes minutes",
         begun.elapsed().as_secs_f64()
@@ -105,7 +129,19 @@ pub(super) fn build(folder: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Debian's source of the newest kernel; its package's name.
+/// Has at hand what a kernel is built with and from; the name of the source's package.
+fn gather(folder: &Path, work: &Path) -> anyhow::Result<(String, Make)> {
+    for program in COMPILER {
+        ensure!(is_there(program), "{program} is not on this machine, and a kernel is built with it");
+    }
+    let own = own_release().unwrap_or_else(|| STABLE.to_owned());
+    let apt = Apt::open(&folder.join("apt"), &[STABLE, BACKPORTS, &own])?;
+    let source = unpack_source(&apt, work)?;
+    let environment = tools(&apt, &own, &work.join("tools"))?;
+    Ok((source, Make { environment, work: work.to_owned() }))
+}
+
+/// Debian's source of the newest kernel, but for what is left out; its package's name.
 fn unpack_source(apt: &Apt, work: &Path) -> anyhow::Result<String> {
     let newest = apt.dependencies(&format!("linux-source/{BACKPORTS}"))?;
     let Some(package) = newest.into_iter().find(|name| name.starts_with("linux-source-")) else {
@@ -114,6 +150,8 @@ fn unpack_source(apt: &Apt, work: &Path) -> anyhow::Result<String> {
     apt.unpack_package(&format!("{package}/{BACKPORTS}"), &work.join("package"))?;
     let archive = work.join("package/usr/src").join(format!("{package}.tar.xz"));
     let mut tar = Command::new("tar");
+    // From the top: a `*` takes in folders, too.
+    tar.arg("--anchored").args(LEFT_OUT.map(|pattern| format!("--exclude={package}/{pattern}")));
     tar.arg("-xf").arg(&archive).arg("-C").arg(work.join("source")).arg("--strip-components=1");
     ensure!(
         tar.status().context("tar does not start")?.success(),
