@@ -1,5 +1,8 @@
 //! The device: registers, a BAR whose file may be mapped, and DMA through the descriptors that it is given.
 
+#[path = "registers.rs"]
+mod registers;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Error, ErrorKind, Write};
@@ -15,44 +18,13 @@ use vfio_bindings::bindings::vfio::{
 };
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, ServerBackend, ServerRegion, SparseArea};
 
-/// Vendor and device.
-pub(crate) const IDENTITY: [u8; 4] = [0x36, 0x1b, 0xf0, 0x10];
-
-/// The BAR with registers: addresses are of these, each of 8 bytes.
-pub(crate) const REGISTERS: u32 = 0;
-/// Bytes of it.
-pub(crate) const REGISTERS_SIZE: u64 = 0x1000;
-/// Where DMA goes to, or what is looked at.
-pub(crate) const ADDRESS: u64 = 0x00;
-/// What is written, or was read.
-pub(crate) const DATA: u64 = 0x08;
-/// Written: one of the commands below. Read: 0 where the last one was done, 1 where it was not.
-pub(crate) const COMMAND: u64 = 0x10;
-/// Windows that there are.
-pub(crate) const WINDOWS: u64 = 0x18;
-/// Resets so far.
-pub(crate) const RESETS: u64 = 0x20;
-
-/// Reads 8 bytes of guest memory.
-pub(crate) const READ: u64 = 1;
-/// Writes 8 bytes of guest memory.
-pub(crate) const WRITE: u64 = 2;
-/// Raises the INTx line.
-pub(crate) const RAISE: u64 = 3;
-/// Reads 8 bytes of the other BAR, past all messages.
-pub(crate) const LOOK: u64 = 4;
-
-/// The BAR that lies in a file.
-pub(crate) const SHARED: u32 = 2;
-/// Bytes of it.
-pub(crate) const SHARED_SIZE: u64 = 0x4000;
-/// Where it begins in its file.
-pub(crate) const SHARED_OFFSET: u64 = 0x2000;
-/// What of it may be mapped: first byte and size.
-pub(crate) const AREAS: [(u64, u64); 2] = [(0x1000, 0x1000), (0x3000, 0x1000)];
-
 /// MSI vectors.
 pub(crate) const VECTORS: u32 = 4;
+
+pub(crate) use registers::{
+    ADDRESS, AREAS, COMMAND, DATA, IDENTITY, LOOK, MESSAGES, RAISE, READ, REGISTERS, REGISTERS_SIZE, RESETS,
+    SHARED, SHARED_OFFSET, SHARED_SIZE, WINDOWS, WRITE,
+};
 
 /// What the server has told the device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,6 +48,7 @@ pub(crate) struct Device {
     data: u64,
     failed: bool,
     resets: u64,
+    messages: u64,
     shared: File,
     windows: BTreeMap<u64, Held>,
     line: Option<File>,
@@ -90,10 +63,11 @@ fn refused(what: &'static str) -> Error {
     Error::new(ErrorKind::InvalidInput, what)
 }
 
-/// An access of at most 8 bytes.
-fn number(data: &[u8]) -> io::Result<u64> {
-    let mut bytes = [0; 8];
-    bytes.get_mut(..data.len()).ok_or_else(|| refused("more than a register"))?.copy_from_slice(data);
+/// A register of which some bytes are written.
+fn written(register: u64, offset: u64, data: &[u8]) -> io::Result<u64> {
+    let mut bytes = register.to_le_bytes();
+    let to = bytes.get_mut(at(offset & 7, data.len()));
+    to.ok_or_else(|| refused("more than a register"))?.copy_from_slice(data);
     Ok(u64::from_le_bytes(bytes))
 }
 
@@ -126,6 +100,7 @@ impl Device {
             data: 0,
             failed: false,
             resets: 0,
+            messages: 0,
             shared,
             windows: BTreeMap::new(),
             line: None,
@@ -234,6 +209,7 @@ impl Device {
 impl ServerBackend for Device {
     fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
         if region == SHARED {
+            self.messages += 1;
             return self.shared.read_exact_at(data, SHARED_OFFSET + offset);
         }
         if region == VFIO_PCI_CONFIG_REGION_INDEX {
@@ -247,6 +223,7 @@ impl ServerBackend for Device {
             COMMAND => self.failed.into(),
             WINDOWS => u64::try_from(self.windows.len()).unwrap_or(u64::MAX),
             RESETS => self.resets,
+            MESSAGES => self.messages,
             _ => return Err(refused("no register")),
         };
         let bytes = value.to_le_bytes();
@@ -257,6 +234,7 @@ impl ServerBackend for Device {
 
     fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
         if region == SHARED {
+            self.messages += 1;
             return self.shared.write_all_at(data, SHARED_OFFSET + offset);
         }
         if region == VFIO_PCI_CONFIG_REGION_INDEX {
@@ -267,12 +245,13 @@ impl ServerBackend for Device {
             }
             return Ok(());
         }
-        let value = number(data)?;
-        match offset {
-            ADDRESS => self.address = value,
-            DATA => self.data = value,
-            COMMAND => self.failed = self.execute(value).is_err(),
-            _ => return Err(refused("no register, or not all of it")),
+        match offset & !7 {
+            ADDRESS => self.address = written(self.address, offset, data)?,
+            DATA => self.data = written(self.data, offset, data)?,
+            // Whatever the upper half may bring.
+            COMMAND if offset != COMMAND => {}
+            COMMAND => self.failed = self.execute(written(0, offset, data)?).is_err(),
+            _ => return Err(refused("no register")),
         }
         Ok(())
     }
