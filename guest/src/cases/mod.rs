@@ -11,8 +11,10 @@ mod own;
 mod passthrough;
 mod probe;
 mod proxy;
+mod proxy_killed;
 mod reboot;
 mod refusals;
+mod rust_vmm;
 mod vhost_user;
 
 use crate::{iommu::Iommu, lab::Run};
@@ -29,6 +31,8 @@ pub(crate) struct Case {
     pub(crate) has_guest: bool,
     /// On the kernel that is built here, and no other.
     pub(crate) own_kernel: bool,
+    /// On the first kernel alone: it does not depend on the guest's.
+    pub(crate) one_kernel: bool,
     /// Runs it; a note for the reader.
     pub(crate) run: fn(&Run<'_>) -> anyhow::Result<String>,
 }
@@ -39,12 +43,17 @@ const fn case(
     run: fn(&Run<'_>) -> anyhow::Result<String>,
     about: &'static str,
 ) -> Case {
-    Case { name, about, iommu, full: false, has_guest: true, own_kernel: false, run }
+    Case { name, about, iommu, full: false, has_guest: true, own_kernel: false, one_kernel: false, run }
 }
 
 /// One that needs what no kernel of Debian's has.
 const fn on_own_kernel(case: Case) -> Case {
     Case { own_kernel: true, ..case }
+}
+
+/// One that does not depend on the guest's kernel.
+const fn on_one_kernel(case: Case) -> Case {
+    Case { one_kernel: true, ..case }
 }
 
 /// One that shows what others show, too.
@@ -91,6 +100,8 @@ pub(crate) const CASES: &[Case] = &[
     case("vtd-first-io", Iommu::VTD_FIRST, io::run, IO),
     case("proxy", Iommu::VIRTIO, proxy::run, PROXY),
     case("vtd-proxy", Iommu::VTD, proxy::run, PROXY),
+    on_one_kernel(case("proxy-killed", Iommu::VIRTIO, proxy_killed::run, "the process of a device is killed amid writes: others go on, and it is plugged anew")),
+    on_one_kernel(case("proxy-rust-vmm", Iommu::VIRTIO, rust_vmm::run, "a device of a vfio-user server that is not ours")),
     case("probe", Iommu::VIRTIO, probe::run, PROBE),
     case("vtd-probe", Iommu::VTD, probe::run, PROBE),
     full(case("vtd-lazy-probe", Iommu::VTD_LAZY, probe::run, PROBE)),
@@ -116,14 +127,16 @@ fn differential(run: &Run<'_>) -> anyhow::Result<String> {
 }
 
 /// What the guests run, by name.
-pub(crate) const SCRIPTS: [(&str, &str); 9] = [
+pub(crate) const SCRIPTS: [(&str, &str); 11] = [
     ("bench", include_str!("../bench/bench.sh")),
     ("consumers", include_str!("consumers.sh")),
     ("hotplug", include_str!("hotplug.sh")),
     ("io", include_str!("io.sh")),
     ("load", include_str!("load.sh")),
     ("probe", include_str!("probe.sh")),
+    ("proxy-killed", include_str!("proxy_killed.sh")),
     ("reboot", include_str!("reboot.sh")),
+    ("rust-vmm", include_str!("rust_vmm.sh")),
     ("switch", include_str!("switch.sh")),
     ("vhost-user", include_str!("vhost_user.sh")),
 ];
