@@ -405,6 +405,7 @@ impl DomainInner {
 
     /// What is asked to be gone from `range` may be gone from the record already, and still be reached by a device that
     /// could not be cut off.
+    #[cold]
     fn await_held(&self, range: IovaRange, done: &mut Completion) {
         if self.readers.leases.are_held() {
             done.add_removal(&self.readers, None, &[range]);
