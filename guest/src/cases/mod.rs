@@ -70,6 +70,9 @@ const LOAD: &str = "three disks and random numbers in three groups, two processo
 const IO: &str = "a file system, and our record beside the guest's own";
 const PROBE: &str = "a device driven through VFIO: DMA after unmap is blocked";
 const PROXY: &str = "devices of another process, which reaches what the guest maps and nothing else";
+const PROXY_KILLED: &str =
+    "the process of a device is killed amid writes: others go on, and it is plugged anew";
+const PROXY_RUST_VMM: &str = "a device of a vfio-user server that is not ours";
 const HOTPLUG: &str = "a device comes, is removed, and is found again";
 const REBOOT: &str = "a reboot and a kexec: no mapping survives";
 
@@ -88,6 +91,8 @@ pub(crate) const CASES: &[Case] = &[
     case("vhost-user-virtio", Iommu::VIRTIO, vhost_user::virtio, "the same behind QEMU's virtio-iommu"),
     on_own_kernel(case("iommufd", Iommu::VIRTIO, consumers::iommufd::run, "our iommufd binding on the guest's own iommufd: its mock IOMMU, and a device")),
     on_own_kernel(case("vdpa", Iommu::VIRTIO, consumers::vdpa::run, "our vhost-vDPA mirror on the guest's own simulators of a disk and a card")),
+    case("replay", Iommu::VIRTIO, consumers::replay::type1, "a history replayed into the guest's own VFIO, beside the software container"),
+    on_own_kernel(case("replay-own", Iommu::VIRTIO, consumers::replay::own, "the same into its own iommufd, and a simulator of vDPA")),
     full(case("vhost-user-dpdk", Iommu::VIRTIO, dpdk::run, "our vhost-user front end, with DPDK's testpmd as the device: no guest")),
     case("vhost-net", Iommu::VIRTIO, consumers::vhost::net, "our vhost cache on the guest's own vhost-net, to a tap"),
     case("strict", Iommu::VIRTIO, io::run, IO),
@@ -98,8 +103,10 @@ pub(crate) const CASES: &[Case] = &[
     case("vtd-first-io", Iommu::VTD_FIRST, io::run, IO),
     case("proxy", Iommu::VIRTIO, proxy::run, PROXY),
     case("vtd-proxy", Iommu::VTD, proxy::run, PROXY),
-    on_one_kernel(case("proxy-killed", Iommu::VIRTIO, proxy_killed::run, "the process of a device is killed amid writes: others go on, and it is plugged anew")),
-    on_one_kernel(case("proxy-rust-vmm", Iommu::VIRTIO, rust_vmm::run, "a device of a vfio-user server that is not ours")),
+    on_one_kernel(case("proxy-killed", Iommu::VIRTIO, proxy_killed::run, PROXY_KILLED)),
+    full(case("vtd-proxy-killed", Iommu::VTD, proxy_killed::run, PROXY_KILLED)),
+    on_one_kernel(case("proxy-rust-vmm", Iommu::VIRTIO, rust_vmm::run, PROXY_RUST_VMM)),
+    full(case("vtd-proxy-rust-vmm", Iommu::VTD, rust_vmm::run, PROXY_RUST_VMM)),
     case("probe", Iommu::VIRTIO, probe::run, PROBE),
     case("vtd-probe", Iommu::VTD, probe::run, PROBE),
     full(case("vtd-lazy-probe", Iommu::VTD_LAZY, probe::run, PROBE)),

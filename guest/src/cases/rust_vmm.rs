@@ -30,7 +30,7 @@ impl<'a> Upstream<'a> {
         command.arg(socket).stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         let child = command.spawn().context("the device does not start")?;
         let mut upstream = Upstream { child, run };
-        upstream.wait("ready")?;
+        upstream.wait("ready", 1)?;
         Ok(upstream)
     }
 
@@ -38,15 +38,17 @@ impl<'a> Upstream<'a> {
         fs::read_to_string(self.run.folder.join("device.txt")).unwrap_or_default()
     }
 
-    /// Waits for a line that begins so; the line.
-    fn wait(&mut self, begin: &str) -> anyhow::Result<String> {
+    /// Waits for so many lines that begin so; the lines.
+    fn wait(&mut self, begin: &str, count: u64) -> anyhow::Result<Vec<String>> {
         let until = Instant::now() + LIMIT;
         loop {
-            if let Some(line) = self.said().lines().rfind(|line| line.starts_with(begin)) {
-                return Ok(line.to_owned());
+            let said = self.said();
+            let lines: Vec<&str> = said.lines().filter(|line| line.starts_with(begin)).collect();
+            if lines.len() as u64 >= count {
+                return Ok(lines.into_iter().map(str::to_owned).collect());
             }
-            ensure!(self.child.try_wait()?.is_none(), "the device ended: {}", self.said());
-            ensure!(Instant::now() < until, "the device has not said {begin:?}: {}", self.said());
+            ensure!(self.child.try_wait()?.is_none(), "the device ended: {said}");
+            ensure!(Instant::now() < until, "the device has not said {begin:?}: {said}");
             thread::sleep(Duration::from_millis(10));
         }
     }
@@ -65,8 +67,10 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     let socket = sockets.path().join("device.sock");
     let mut upstream = Upstream::start(run, &socket)?;
     let mut options = endpoint(OTHER, &format!("proxy:{}", socket.display())).to_vec();
-    // Before VFIO maps something, the device reaches nothing.
-    options.extend(["--bypass", "off"].map(str::to_owned));
+    if !run.iommu.is_vtd() {
+        // Before VFIO maps something, the device reaches nothing.
+        options.extend(["--bypass", "off"].map(str::to_owned));
+    }
     let server = run.serve(&options, "server")?;
     let config = run.config("rust-vmm").append(&format!("other={OTHER}"));
     let mut vm = run.start_with(&server, config, "vm")?;
@@ -86,7 +90,12 @@ pub(super) fn run(run: &Run<'_>) -> anyhow::Result<String> {
     ensure!(matches!(sizes[..], [a, b, _, c, d, _] if b - a == 0xfff && d - c == 0x3fff), "BARs: {sizes:x?}");
 
     // What the guest has mapped is what the device was given, and is given no more.
-    expect("what is left there", upstream.wait("Gone")?.as_str(), "Gone, with 0 windows")?;
+    let status = server.status()?;
+    let counters = &status.endpoint(OTHER)?["counters"];
+    let connections = counters["upstream_connections"].as_u64().with_context(|| format!("{counters}"))?;
+    for line in upstream.wait("Gone", connections)? {
+        expect("what is left there", line.as_str(), "Gone, with 0 windows")?;
+    }
     let said = upstream.said();
     let maps: Vec<&str> = said.lines().filter(|line| line.starts_with("Map ")).collect();
     let at = |flags: u32, address: u64, size: u64| {

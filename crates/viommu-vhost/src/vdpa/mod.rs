@@ -5,7 +5,7 @@
 //! pushed to it, and everything that the guest maps is.
 //!
 //! ```no_run
-//! use std::os::fd::OwnedFd;
+//! use std::os::fd::{BorrowedFd, OwnedFd};
 //! use std::sync::Arc;
 //! use viommu::{Endpoint, Interest};
 //! use viommu_vhost::vdpa::Device;
@@ -41,7 +41,7 @@ mod sys;
 mod wire;
 
 use core::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
@@ -105,6 +105,15 @@ pub enum OpenError {
         /// With what.
         errno: Errno,
     },
+}
+
+/// Makes this process the owner of a device (`VHOST_SET_OWNER`), which nobody owns: for an embedder that has no other way
+/// to do so.
+///
+/// # Errors
+/// EBUSY where it has an owner; ENOTTY where the descriptor is of something else.
+pub fn own(device: BorrowedFd<'_>) -> Result<(), Errno> {
+    sys::set_owner(device)
 }
 
 /// A device that mirrors will be made over.
