@@ -3,12 +3,13 @@
 use crate::ack::Ack;
 use crate::addr::{Iova, IovaRange};
 use crate::deliver::lens::Lens;
-use crate::deliver::{Counts, Sub};
+use crate::deliver::{Counts, FENCED_AGAIN, Sub};
 use crate::domain::SCRATCH;
 use crate::domain::dirty::{DirtyLog, note_dirty};
 use crate::mapping::{Mapping, Target};
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
+use crate::quiesce::space::Space;
 use crate::subscribe::{FenceFailed, Interest, Mirror, Reach, RefusalKind, Refused, Unmapped, Unreachable};
 use crate::sync::Arc;
 
@@ -32,6 +33,8 @@ pub(crate) struct MirrorSeat {
     /// The most extents that it can hold.
     limit: u64,
     scratch: Vec<Mapping>,
+    /// Where it is, or was last.
+    space: Option<Arc<Space>>,
     /// Inside a step, of a mirror that replaces in place: what it has not lost, for the way back.
     pub(crate) swap: Swap,
 }
@@ -83,12 +86,14 @@ impl MirrorSeat {
             in_step: false,
             live: true,
             scratch: Vec::new(),
+            space: None,
             swap: Swap::default(),
         }
     }
 
     /// Comes to an address space, holding nothing.
-    pub(crate) fn arrive(&mut self, clip_to: Option<Vec<IovaRange>>, refusable: bool) {
+    pub(crate) fn arrive(&mut self, space: &Arc<Space>, clip_to: Option<Vec<IovaRange>>, refusable: bool) {
+        self.space = Some(space.clone());
         self.lens.set_space(clip_to, refusable);
         self.advance(Some(Iova(0)));
     }
@@ -243,7 +248,7 @@ impl MirrorSeat {
     #[inline]
     fn note(&self, ack: Ack, done: &mut Completion) {
         if let Ack::Pending(waiting) = ack {
-            done.add_ack(&self.sub, waiting);
+            done.add_ack(&self.sub, waiting, self.space.iter().cloned().collect());
         }
     }
 
@@ -452,6 +457,12 @@ impl MirrorSeat {
         }
         let outcome = self.fence();
         self.sub.tell_fence(outcome, why)
+    }
+
+    /// Tries once more, after a fence that failed.
+    pub(crate) fn fence_again(&mut self) {
+        let outcome = self.fence();
+        self.sub.tell_fence(outcome, FENCED_AGAIN);
     }
 
     /// What the mirror says it holds.
