@@ -300,6 +300,33 @@ fn eventually(what: &str, is_so: impl Fn() -> bool) {
 }
 
 #[test]
+fn device_that_hangs_holds_its_steps_up_until_its_process_ends() {
+    let directory = tempfile::tempdir().unwrap();
+    let (other, folder) = (directory.path().join("other"), directory.path().join("s"));
+    fs::create_dir(&other).unwrap();
+    let device = Server::start(&other, &["--no-iommu", "--access-platform", "--endpoint", "00:02.0=rng"]);
+    let proxy = format!("00:02.0=proxy:{}", other.join("00-02.0.sock").display());
+    let server = Server::start(&folder, &["--endpoint", &proxy]);
+    let socket = UnixStream::connect(folder.join("00-02.0.sock")).unwrap();
+    // The reply waits for two limits of the server's own.
+    let client = Client::connect(socket, LIMIT * 3, NoMemory).unwrap();
+    let machine = Machine::new();
+    let _followed = machine.follow(&client);
+    let windows = || server.endpoint("00:02.0")["counters"]["upstream_windows"].as_u64();
+    machine.map(3, Access::RW);
+    machine.map(4, Access::RW);
+    kill_process(Pid::from_child(&device.child), Signal::STOP).unwrap();
+    machine.unmap(3);
+    // It could not be cut off.
+    assert_eq!((server.endpoint("00:02.0")["fenced"].as_bool(), windows()), (Some(true), Some(2)));
+    device.kill();
+    eventually("nothing is reached any more", || windows() == Some(0));
+    machine.unmap(4);
+    assert_eq!(server.endpoint("00:02.0")["fenced"], true);
+    server.stop();
+}
+
+#[test]
 fn device_that_dies_is_cut_off_alone_and_one_that_is_plugged_anew_serves() {
     let directory = tempfile::tempdir().unwrap();
     let (other, folder) = (directory.path().join("other"), directory.path().join("s"));

@@ -223,9 +223,10 @@ impl Holdings {
 
     /// What begins in `range` is gone.
     pub fn remove(&mut self, range: IovaRange) {
-        while let Some((&first, held)) = self.extents.range(range.start().0..=range.last().0).next() {
-            self.entries = self.entries.saturating_sub(held.pieces.count() as u64);
-            self.extents.remove(&first);
+        let gone: Vec<u64> = self.inside(range).map(|held| held.mapping.range.start().0).collect();
+        for first in gone {
+            let pieces = self.extents.remove(&first).map_or(0, |held| held.pieces.count());
+            self.entries = self.entries.saturating_sub(pieces as u64);
         }
     }
 

@@ -16,8 +16,6 @@ for address in $(list $vfio); do
 done
 case $program in
     replay)
-        # Tables take their address space at once, and little of it.
-        echo 1 > /proc/sys/vm/overcommit_memory
         # A kernel with a simulator of vDPA has it built in.
         [ ! -e /sys/bus/vdpa ] || inside vdpa-add vdpasim_blk || fail "no vDPA device"
         for interface in $(list $words); do

@@ -2,7 +2,6 @@
 # process's device comes again at $place.
 load_unit
 load virtio_blk
-disk_there() { [ -n "$(disk_of $1)" ]; }
 for at in $blk $local; do
     until_true disk_there $at || fail "no disk at $at"
 done
