@@ -51,6 +51,9 @@ group_of() { local link=$(readlink $(pci $1)/iommu_group); echo ${link##*/}; }
 # The block device behind a PCI address.
 disk_of() { ls $(pci $1)/virtio*/block 2>/dev/null | head -1; }
 
+# Whether there is one: for until_true, which evaluates its words once.
+disk_there() { [ -n "$(disk_of $1)" ]; }
+
 # Records what the guest maps and unmaps from here on.
 trace_on() {
     echo 0 > $TRACING/tracing_on

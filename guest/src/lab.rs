@@ -30,6 +30,8 @@ pub(crate) struct Lab {
     /// The disk that is a vhost-user back end, and the front end of a network device.
     pub(crate) vhost_user_blk: PathBuf,
     pub(crate) vhost_user_net_front: PathBuf,
+    /// The device of a vfio-user server that is not ours.
+    pub(crate) rust_vmm_device: PathBuf,
     /// Longer runs under load.
     pub(crate) full: bool,
     /// Of the comparison with QEMU's VT-d: the first seed, and how many.
@@ -186,6 +188,7 @@ pub(crate) fn open(options: &Options) -> anyhow::Result<(Lab, File)> {
         viommu: options.viommu.clone(),
         vhost_user_blk: options.vhost_user_blk.clone(),
         vhost_user_net_front: options.vhost_user_net_front.clone(),
+        rust_vmm_device: options.rust_vmm_device.clone(),
         full: options.full,
         seeds: (options.seed, options.cases),
         folder,
@@ -245,7 +248,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
         .flat_map(|case| {
             let kernels = lab.kernels_of(case).filter(|at| kernels.get(*at).is_some_and(chosen));
             // Which kernel is not asked where none runs.
-            kernels.take(if case.has_guest { usize::MAX } else { 1 }).map(move |kernel| (case, kernel))
+            let every = case.has_guest && !case.one_kernel;
+            kernels.take(if every { usize::MAX } else { 1 }).map(move |kernel| (case, kernel))
         })
         .collect();
     let count = runs.len();

@@ -37,6 +37,9 @@ struct Options {
     /// The front end of a vhost-user network device.
     #[arg(long)]
     vhost_user_net_front: PathBuf,
+    /// The device of a vfio-user server that is not ours.
+    #[arg(long)]
+    rust_vmm_device: PathBuf,
     /// The program that runs inside the guests, linked statically.
     #[arg(long)]
     inside: PathBuf,

@@ -21,7 +21,7 @@ use crate::{
 /// How long a machine may live, unless a case says otherwise.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
-/// MiB of each machine.
+/// MiB of a machine, unless a case says otherwise.
 pub(crate) const MEMORY: u32 = 256;
 
 /// How often is looked whether something has happened.
@@ -42,6 +42,10 @@ pub(crate) struct Config {
     /// A command that starts QEMU, which comes behind it; nothing: QEMU is started itself.
     pub(crate) boot: Vec<OsString>,
     pub(crate) processors: u32,
+    /// MiB.
+    pub(crate) memory: u32,
+    /// Another first file system than that of all cases.
+    pub(crate) initramfs: Option<PathBuf>,
     /// A reboot starts the guest anew; else it ends the machine.
     pub(crate) reboots: bool,
     pub(crate) limit: Duration,
@@ -56,6 +60,8 @@ impl Config {
             arguments: Vec::new(),
             boot: Vec::new(),
             processors: 1,
+            memory: MEMORY,
+            initramfs: None,
             reboots: false,
             limit: LIMIT,
         }
@@ -122,14 +128,16 @@ impl Vm {
 
         let mut command = hardware.qemu.command();
         command.args(["-M", "q35", "-accel", "tcg", "-nodefaults", "-display", "none", "-monitor", "none"]);
-        command.args(["-m", &MEMORY.to_string(), "-smp", &config.processors.to_string()]);
-        command.arg("-object").arg(format!("memory-backend-memfd,id=ram,size={MEMORY}M,share=on"));
+        let memory = config.memory;
+        command.args(["-m", &memory.to_string(), "-smp", &config.processors.to_string()]);
+        command.arg("-object").arg(format!("memory-backend-memfd,id=ram,size={memory}M,share=on"));
         command.args(["-machine", "memory-backend=ram"]);
         if !config.reboots {
             command.arg("-no-reboot");
         }
         if let Some(script) = &config.script {
-            command.arg("-kernel").arg(&hardware.kernel.vmlinux).arg("-initrd").arg(hardware.initramfs);
+            let initramfs = config.initramfs.as_deref().unwrap_or(hardware.initramfs);
+            command.arg("-kernel").arg(&hardware.kernel.vmlinux).arg("-initrd").arg(initramfs);
             // The check of the timer counts interrupts against turns of a loop: a busy host fails it, and the guest panics.
             let words = format!(
                 "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check case={script}{}",

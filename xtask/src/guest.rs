@@ -138,12 +138,15 @@ pub(crate) fn program(context: &Context, viommu: &Path) -> anyhow::Result<Comman
     inside.env("RUSTFLAGS", "-C target-feature=+crt-static");
     run_quietly(context, inside)?;
 
-    run_quietly(context, context.cargo(&["build", "-p", "viommu-vhost", "--examples"]))?;
+    let examples = ["-p", "viommu-vhost", "-p", "viommu-vfio-user"];
+    run_quietly(context, context.cargo(&[&["build", "--examples"], &examples[..]].concat()))?;
 
     let mut command = context.command(&program.display().to_string());
-    for (option, example) in
-        [("--vhost-user-blk", "vhost_user_blk"), ("--vhost-user-net-front", "vhost_user_net_front")]
-    {
+    for (option, example) in [
+        ("--vhost-user-blk", "vhost_user_blk"),
+        ("--vhost-user-net-front", "vhost_user_net_front"),
+        ("--rust-vmm-device", "rust_vmm_device"),
+    ] {
         command.arg(option).arg(context.target("debug").join("examples").join(example));
     }
     command.arg("--folder").arg(&folder).arg("--viommu").arg(viommu);

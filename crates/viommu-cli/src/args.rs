@@ -6,6 +6,10 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use viommu_virtio::viot::Bdf;
+
+use crate::judge::Interface;
+
 /// A virtual IOMMU's record, replayed and checked.
 #[derive(Debug, Parser)]
 #[command(name = "viommu", version, about, max_term_width = 100)]
@@ -73,6 +77,22 @@ pub(crate) struct Replay {
     /// How the history's operations reach the core; what it comes to is the same
     #[arg(long, value_enum, default_value_t)]
     pub(crate) model: Model,
+    /// A real interface gets what the domain of one endpoint has, besides: type1[:GROUP], iommufd[:DEVICE], vdpa[:NUMBER]
+    /// (devices of this machine that nobody uses) or vfio-user:SOCKET. May be given several times
+    #[arg(long, value_name = "INTERFACE")]
+    pub(crate) mirror: Vec<Interface>,
+    /// Which endpoint, a number or BUS:DEVICE.FUNCTION; without it the first that something is mapped for
+    #[arg(long, value_name = "ENDPOINT", requires = "mirror", value_parser = endpoint)]
+    pub(crate) mirror_endpoint: Option<u32>,
+}
+
+/// An endpoint as histories have it: a number, decimal or 0x, or the PCI address that such a number is.
+fn endpoint(text: &str) -> Result<u32, String> {
+    let number = match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok().or_else(|| Some(u16::from(text.parse::<Bdf>().ok()?).into())),
+    };
+    number.ok_or_else(|| "a number or BUS:DEVICE.FUNCTION is expected".to_owned())
 }
 
 #[derive(Debug, Args)]
@@ -169,6 +189,16 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn an_endpoint_is_a_number_or_an_address() {
+        for (text, number) in [("24", 24), ("0x18", 24), ("00:03.0", 24), ("01:00.1", 257)] {
+            assert_eq!(endpoint(text), Ok(number), "{text}");
+        }
+        for text in ["", "x", "-1", "0x", "00:20.0", "4294967296"] {
+            assert!(endpoint(text).is_err(), "{text}");
+        }
     }
 
     #[test]

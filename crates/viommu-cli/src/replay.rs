@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::args::{Format, Replay};
 use crate::input;
-use crate::judge::{Judge, Options, Read, Summary};
+use crate::judge::{Judge, Options, Read, Reals, Summary};
 use crate::progress::Progress;
 use crate::report::stats::Stats;
 use crate::report::{html, text};
@@ -31,8 +31,9 @@ pub(crate) fn run(args: &Replay) -> Result<Verdict, Box<dyn std::error::Error>> 
         unfence: args.unfence,
         limit_entries: args.limit_entries,
     };
+    let reals = Reals::open(&args.mirror, args.mirror_endpoint)?;
     let stats = args.report.is_some().then(Stats::default);
-    let mut judge = Judge::new(options, history.format(), stats)?;
+    let mut judge = Judge::new(options, reals, history.format(), stats)?;
     let start = Instant::now();
     let progress = Progress::new(&history);
     let (mut count, mut error) = (0_u64, None);

@@ -62,24 +62,32 @@ pub fn host_pieces<M: GuestMemoryBackend>(
     memory: &M,
     mapping: &Mapping,
 ) -> Result<Vec<HostPiece>, HostError> {
-    let writable = mapping.access.contains(Access::WRITE);
     let mut pieces = Vec::new();
     let mut start = mapping.range.start();
     loop {
-        let gpa = mapping.translate(start);
-        let region = memory.find_region(GuestAddress(gpa.0)).ok_or(HostError::NoMemory(gpa))?;
-        let offset = region.to_region_addr(GuestAddress(gpa.0)).ok_or(HostError::NoMemory(gpa))?;
-        let address =
-            region.get_host_address(offset).map_err(|source| HostError::NoAddress { gpa, source })?;
-        let room = region.last_addr().0.saturating_sub(gpa.0);
-        let last = Iova(start.0.saturating_add(room)).min(mapping.range.last());
-        let iova = IovaRange::new(start, last).ok_or(HostError::NoMemory(gpa))?;
-        pieces.push(HostPiece { iova, address, writable });
-        match last.checked_add(1) {
-            Some(next) if last < mapping.range.last() => start = next,
+        let piece = host_piece(memory, mapping, start)?;
+        pieces.push(piece);
+        match piece.iova.next() {
+            Some(next) if next <= mapping.range.last() => start = next,
             _ => return Ok(pieces),
         }
     }
+}
+
+/// The piece of `mapping` that begins at `start`, as far as the region goes.
+pub(crate) fn host_piece<M: GuestMemoryBackend>(
+    memory: &M,
+    mapping: &Mapping,
+    start: Iova,
+) -> Result<HostPiece, HostError> {
+    let gpa = mapping.translate(start);
+    let region = memory.find_region(GuestAddress(gpa.0)).ok_or(HostError::NoMemory(gpa))?;
+    let offset = region.to_region_addr(GuestAddress(gpa.0)).ok_or(HostError::NoMemory(gpa))?;
+    let address = region.get_host_address(offset).map_err(|source| HostError::NoAddress { gpa, source })?;
+    let room = region.last_addr().0.saturating_sub(gpa.0);
+    let last = Iova(start.0.saturating_add(room)).min(mapping.range.last());
+    let iova = IovaRange::new(start, last).ok_or(HostError::NoMemory(gpa))?;
+    Ok(HostPiece { iova, address, writable: mapping.access.contains(Access::WRITE) })
 }
 
 #[cfg(test)]

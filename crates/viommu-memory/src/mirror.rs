@@ -4,12 +4,13 @@
 //! them in its [`Holdings`]: what is unmapped later is what was mapped, whatever has become of the memory meanwhile.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use viommu::subscribe::{RefusalKind, Refused};
 use viommu::{IovaRange, Mapping};
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
-use crate::host::{HostError, HostPiece, host_pieces};
+use crate::host::{HostError, HostPiece, host_piece, host_pieces};
 
 /// A part of an extent that is linear in this process: one entry of a host's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,12 +67,15 @@ where
     A::M: GuestMemoryBackend,
 {
     Box::new(move |extent| {
-        let found = host_pieces(&*memory.memory(), extent)?;
+        let memory = memory.memory();
         let piece = |found: &HostPiece| Piece { range: found.iova, vaddr: found.address.addr() as u64 };
-        Ok(match found.as_slice() {
-            [one] => Pieces::Whole(piece(one).vaddr),
-            several => Pieces::Several(several.iter().map(piece).collect()),
-        })
+        // Nearly always it is one.
+        let first = piece(&host_piece(&*memory, extent, extent.range.start())?);
+        if first.range == extent.range {
+            return Ok(Pieces::Whole(first.vaddr));
+        }
+        let several = host_pieces(&*memory, extent)?;
+        Ok(Pieces::Several(several.iter().map(piece).collect()))
     })
 }
 
@@ -129,11 +133,22 @@ pub struct Inside {
     pub hull: Option<IovaRange>,
 }
 
+impl Inside {
+    fn add(&mut self, held: &Holding) {
+        let mine = held.mapping.range;
+        self.bytes = self.bytes.saturating_add(mine.bytes());
+        if held.pieces != Pieces::Absent {
+            self.present = self.present.saturating_add(mine.bytes());
+            self.hull = Some(self.hull.map_or(mine, |hull| hull.hull(mine)));
+        }
+    }
+}
+
 /// All that a mirror holds.
 #[derive(Clone, Debug, Default)]
 pub struct Holdings {
-    /// By the first address.
-    extents: BTreeMap<u64, Holding>,
+    /// By the first address. In boxes: the less there is to walk through and to move, the more of it stays in caches.
+    extents: BTreeMap<u64, Box<Holding>>,
     /// Entries of the host that they take.
     entries: u64,
 }
@@ -148,51 +163,70 @@ impl Holdings {
     /// The host holds `mapping` now, which overlaps nothing here.
     pub fn insert(&mut self, mapping: Mapping, pieces: Pieces) {
         self.entries = self.entries.saturating_add(pieces.count() as u64);
-        self.extents.insert(mapping.range.start().0, Holding { mapping, pieces });
+        self.extents.insert(mapping.range.start().0, Box::new(Holding { mapping, pieces }));
     }
 
     /// Ascending.
     pub fn iter(&self) -> impl Iterator<Item = &Holding> + '_ {
-        self.extents.values()
+        self.extents.values().map(|held| &**held)
     }
 
     /// Those that begin in `range`, ascending.
     pub fn inside(&self, range: IovaRange) -> impl Iterator<Item = &Holding> + '_ {
-        self.extents.range(range.start().0..=range.last().0).map(|(_, held)| held)
+        self.extents.range(range.start().0..=range.last().0).map(|(_, held)| &**held)
     }
 
-    /// Whether an extent sticks out of `range` at either end.
-    #[must_use]
-    pub fn cuts(&self, range: IovaRange) -> bool {
-        let before = self.extents.range(..range.start().0).next_back();
-        before.is_some_and(|(_, held)| held.mapping.range.overlaps(range))
-            || self
-                .extents
-                .range(range.start().0..=range.last().0)
-                .next_back()
-                .is_some_and(|(_, held)| !range.covers(held.mapping.range))
+    /// Has `unmap` remove what lies in `range` from the host, and holds none of it then.
+    ///
+    /// # Errors
+    /// The refusal of `unmap`, or [`RefusalKind::Range`] without asking it where an extent sticks out of `range`: all is
+    /// held as before.
+    pub fn unmap<R>(
+        &mut self,
+        range: IovaRange,
+        unmap: impl FnOnce(Inside) -> Result<R, Refused>,
+    ) -> Result<R, Refused> {
+        // Most often it is exactly one extent, beside which nothing else can lie in it: found once then.
+        if let Entry::Occupied(one) = self.extents.entry(range.start().0)
+            && one.get().mapping.range == range
+        {
+            let mut inside = Inside::default();
+            inside.add(one.get());
+            let done = unmap(inside)?;
+            self.entries = self.entries.saturating_sub(one.remove().pieces.count() as u64);
+            return Ok(done);
+        }
+        let done = unmap(self.sum(range)?)?;
+        self.remove(range);
+        Ok(done)
     }
 
     /// What lies in `range`.
-    #[must_use]
-    pub fn sum(&self, range: IovaRange) -> Inside {
+    ///
+    /// # Errors
+    /// [`RefusalKind::Range`] where an extent sticks out of it at either end.
+    pub fn sum(&self, range: IovaRange) -> Result<Inside, Refused> {
+        let cut = || Refused::new(RefusalKind::Range, format!("{range} would cut what is held"));
+        let before = self.extents.range(..range.start().0).next_back();
+        if before.is_some_and(|(_, held)| held.mapping.range.overlaps(range)) {
+            return Err(cut());
+        }
         let mut sum = Inside::default();
         for held in self.inside(range) {
-            let mine = held.mapping.range;
-            sum.bytes = sum.bytes.saturating_add(mine.bytes());
-            if held.pieces != Pieces::Absent {
-                sum.present = sum.present.saturating_add(mine.bytes());
-                sum.hull = Some(sum.hull.map_or(mine, |hull| hull.hull(mine)));
+            if !range.covers(held.mapping.range) {
+                return Err(cut());
             }
+            sum.add(held);
         }
-        sum
+        Ok(sum)
     }
 
     /// What begins in `range` is gone.
     pub fn remove(&mut self, range: IovaRange) {
-        while let Some((&first, held)) = self.extents.range(range.start().0..=range.last().0).next() {
-            self.entries = self.entries.saturating_sub(held.pieces.count() as u64);
-            self.extents.remove(&first);
+        let gone: Vec<u64> = self.inside(range).map(|held| held.mapping.range.start().0).collect();
+        for first in gone {
+            let pieces = self.extents.remove(&first).map_or(0, |held| held.pieces.count());
+            self.entries = self.entries.saturating_sub(pieces as u64);
         }
     }
 
@@ -211,6 +245,7 @@ impl Holdings {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use viommu::{Access, Gpa, Iova};
 
     fn range(first: u64, last: u64) -> IovaRange {
@@ -228,24 +263,105 @@ mod tests {
     }
 
     #[test]
-    fn a_range_cuts_what_sticks_out_at_either_end() {
-        let held = holdings();
+    fn a_range_that_cuts_what_sticks_out_at_either_end_is_refused() {
+        let mut held = holdings();
         for (first, last, cuts) in
             [(0, 9, false), (2, 9, true), (1, 8, true), (3, 5, false), (7, 8, true), (10, 11, false)]
         {
-            assert_eq!(held.cuts(range(first, last)), cuts, "{first} to {last}");
+            assert_eq!(held.sum(range(first, last)).is_err(), cuts, "{first} to {last}");
         }
-        assert!(!held.cuts(IovaRange::ALL));
+        assert!(held.sum(IovaRange::ALL).is_ok());
+        let refused = held.unmap(range(1, 1), |_| -> Result<(), Refused> { panic!("the host is asked") });
+        assert_eq!(refused.unwrap_err().kind, RefusalKind::Range);
     }
 
     #[test]
     fn sum_leaves_out_what_the_host_has_not() {
         let held = holdings();
-        let sum = held.sum(range(0, 5));
+        let sum = held.sum(range(0, 5)).unwrap();
         assert_eq!((sum.bytes, sum.present, sum.hull), (0x3000, 0x2000, Some(range(1, 2))));
-        let sum = held.sum(IovaRange::ALL);
+        let sum = held.sum(IovaRange::ALL).unwrap();
         assert_eq!((sum.bytes, sum.present, sum.hull), (0x7000, 0x6000, Some(range(1, 9))));
-        assert_eq!(held.sum(range(4, 4)), Inside { bytes: 0x1000, present: 0, hull: None });
+        assert_eq!(held.sum(range(4, 4)).unwrap(), Inside { bytes: 0x1000, present: 0, hull: None });
+    }
+
+    /// One call of a mirror's over pages 0 to 23, and whether the host refuses it.
+    #[derive(Clone, Debug)]
+    struct Call {
+        maps: bool,
+        range: IovaRange,
+        pieces: Pieces,
+        refuses: bool,
+    }
+
+    fn call() -> impl Strategy<Value = Call> {
+        let pieces = prop_oneof![
+            1 => Just(Pieces::Absent),
+            3 => Just(Pieces::Whole(0x7000)),
+            1 => Just(Pieces::Several(vec![Piece { range: range(0, 0), vaddr: 0 }; 3].into())),
+        ];
+        let whole = (any::<bool>(), 0_u64..20, 0_u64..4, pieces, prop::bool::weighted(0.2));
+        whole.prop_map(|(maps, first, more, pieces, refuses)| Call {
+            maps,
+            range: range(first, first + more),
+            pieces,
+            refuses,
+        })
+    }
+
+    /// What `unmap` does, said of a list.
+    fn unmap_from(list: &mut Vec<Holding>, range: IovaRange) -> Option<Inside> {
+        let touched = |held: &&Holding| held.mapping.range.overlaps(range);
+        let inside: Vec<Holding> = list.iter().filter(touched).cloned().collect();
+        if inside.iter().any(|held| !range.covers(held.mapping.range)) {
+            return None;
+        }
+        list.retain(|held| !touched(&held));
+        let present: Vec<_> = inside.iter().filter(|held| held.pieces != Pieces::Absent).collect();
+        let bytes = |held: &Holding| held.mapping.range.bytes();
+        let ends = present.iter().map(|held| held.mapping.range.start()).min();
+        let ends = ends.zip(present.iter().map(|held| held.mapping.range.last()).max());
+        Some(Inside {
+            bytes: inside.iter().map(bytes).sum(),
+            present: present.iter().map(|held| bytes(held)).sum(),
+            hull: ends.map(|(start, last)| IovaRange::new(start, last).unwrap()),
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_held_is_what_a_list_holds(calls in prop::collection::vec(call(), 1..80)) {
+            let (mut held, mut list) = (Holdings::default(), Vec::<Holding>::new());
+            for Call { maps, range, pieces, refuses } in calls {
+                if maps {
+                    if list.iter().any(|held| held.mapping.range.overlaps(range)) {
+                        continue;
+                    }
+                    let mapping = Mapping::over(range, Gpa(0), Access::RW).unwrap();
+                    held.insert(mapping, pieces.clone());
+                    list.push(Holding { mapping, pieces });
+                } else {
+                    let mut less = list.clone();
+                    let expected = unmap_from(&mut less, range);
+                    let mut asked = None;
+                    let outcome = held.unmap(range, |inside| {
+                        asked = Some(inside);
+                        if refuses { Err(Refused::new(RefusalKind::Device, "no")) } else { Ok(()) }
+                    });
+                    prop_assert_eq!(asked, expected);
+                    prop_assert_eq!(outcome.is_ok(), expected.is_some() && !refuses);
+                    if outcome.is_ok() {
+                        list = less;
+                    }
+                }
+                list.sort_by_key(|held| held.mapping.range.start());
+                let of = |held: &Holding| (held.mapping, held.pieces.clone());
+                let same = held.iter().map(of).eq(list.iter().map(of));
+                prop_assert!(same, "{:?} where it should be {:?}", held, list);
+                let entries: usize = list.iter().map(|held| held.pieces.count()).sum();
+                prop_assert_eq!(held.entries(), entries as u64);
+            }
+        }
     }
 
     #[test]

@@ -291,7 +291,8 @@ pub enum Incident {
         why: String,
     },
     /// A subscriber could not be cut off: its device may still do DMA to memory that the guest has taken back. **Stop
-    /// the virtual machine.** The step's completion never resolves.
+    /// the virtual machine.** The step's completion does not resolve, nor does that of a later step which takes anything
+    /// away where the subscriber is, until it is cut off after all: see [`Mirror::fence`](crate::subscribe::Mirror::fence).
     FenceFailed {
         /// Its number.
         subscription: u64,

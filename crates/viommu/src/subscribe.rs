@@ -280,7 +280,9 @@ pub trait Mirror: Send {
     /// off, process gone). The mirror gets no further call but this one.
     ///
     /// # Errors
-    /// The embedder is told that it must stop the virtual machine, and the step never completes.
+    /// The embedder is told that it must stop the virtual machine. Neither the step completes nor a later one that
+    /// removes anything where the mirror is, until it is cut off after all: it is asked to do so again when its
+    /// subscription is ended, when its endpoint or its address space goes, and at [`Iommu::reset`](crate::Iommu::reset).
     fn fence(&mut self) -> Result<(), FenceFailed>;
 
     /// Every extent held now, in any order, for an audit.
@@ -340,7 +342,7 @@ pub trait Binding: Send {
     /// As [`Mirror::fence`], for this one endpoint.
     ///
     /// # Errors
-    /// As [`Mirror::fence`].
+    /// As [`Mirror::fence`]; it is asked again at [`Iommu::reset`](crate::Iommu::reset), and a later `bind` says the same.
     fn fence(&mut self, endpoint: EndpointId) -> Result<(), FenceFailed>;
 }
 

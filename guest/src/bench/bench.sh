@@ -1,7 +1,7 @@
 # The disk at $blk is read and written, $small requests of 4 KiB and $large of 64 KiB each way.
 load virtio_iommu
 load virtio_blk
-until_true [ -n "$(disk_of $blk)" ] || fail "no disk at $blk"
+until_true disk_there $blk || fail "no disk at $blk"
 disk=/dev/$(disk_of $blk)
 group=$(group_of $blk)
 [ -z "$group" ] || say GROUP $(cat /sys/kernel/iommu_groups/$group/type)

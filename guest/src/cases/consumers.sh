@@ -1,4 +1,5 @@
-# Loads $modules, hands the devices at $vfio to vfio-pci, and runs inside $words: lists, separated by commas.
+# Loads $modules, hands the devices at $vfio to vfio-pci, and runs inside $words, or the program $program with them:
+# lists, separated by commas.
 list() { echo $1 | tr , ' '; }
 
 for module in $(list $modules); do load $module; done
@@ -13,4 +14,15 @@ for address in $(list $vfio); do
     [ -n "$(group_of $address)" ] || fail "$address has no IOMMU group"
     [ -e /dev/vfio/$(group_of $address) ] || fail "$address is not with vfio-pci"
 done
-inside $(list $words) || fail "inside $words"
+case $program in
+    replay)
+        # A kernel with a simulator of vDPA has it built in.
+        [ ! -e /sys/bus/vdpa ] || inside vdpa-add vdpasim_blk || fail "no vDPA device"
+        for interface in $(list $words); do
+            viommu replay --format json --mirror $interface > /tmp/json 2> /tmp/errors ||
+                fail "viommu replay --mirror $interface: $(cat /tmp/errors)"
+            say "REPLAY $(cat /tmp/json)"
+        done
+        ;;
+    *) inside $(list $words) || fail "inside $words" ;;
+esac

@@ -4,7 +4,7 @@ load_unit
 load virtio_blk
 load virtio_rng
 load ext4
-until_true [ -n "$(disk_of $blk)" ] || fail "no disk at $blk"
+until_true disk_there $blk || fail "no disk at $blk"
 disk=/dev/$(disk_of $blk)
 for at in $blk $rng; do
     group=$(group_of $at)

@@ -3,7 +3,7 @@ load_unit
 load virtio_blk
 disks=$(echo $disks | tr , ' ')
 for at in $disks; do
-    until_true [ -n "$(disk_of $at)" ] || fail "no disk at $at"
+    until_true disk_there $at || fail "no disk at $at"
     say GROUP $at $(group_of $at)
 done
 if [ -n "$rng" ]; then

@@ -11,8 +11,10 @@ mod own;
 mod passthrough;
 mod probe;
 mod proxy;
+mod proxy_killed;
 mod reboot;
 mod refusals;
+mod rust_vmm;
 mod vhost_user;
 
 use crate::{iommu::Iommu, lab::Run};
@@ -29,6 +31,8 @@ pub(crate) struct Case {
     pub(crate) has_guest: bool,
     /// On the kernel that is built here, and no other.
     pub(crate) own_kernel: bool,
+    /// On the first kernel alone: it does not depend on the guest's.
+    pub(crate) one_kernel: bool,
     /// Runs it; a note for the reader.
     pub(crate) run: fn(&Run<'_>) -> anyhow::Result<String>,
 }
@@ -39,12 +43,17 @@ const fn case(
     run: fn(&Run<'_>) -> anyhow::Result<String>,
     about: &'static str,
 ) -> Case {
-    Case { name, about, iommu, full: false, has_guest: true, own_kernel: false, run }
+    Case { name, about, iommu, full: false, has_guest: true, own_kernel: false, one_kernel: false, run }
 }
 
 /// One that needs what no kernel of Debian's has.
 const fn on_own_kernel(case: Case) -> Case {
     Case { own_kernel: true, ..case }
+}
+
+/// One that does not depend on the guest's kernel.
+const fn on_one_kernel(case: Case) -> Case {
+    Case { one_kernel: true, ..case }
 }
 
 /// One that shows what others show, too.
@@ -61,6 +70,9 @@ const LOAD: &str = "three disks and random numbers in three groups, two processo
 const IO: &str = "a file system, and our record beside the guest's own";
 const PROBE: &str = "a device driven through VFIO: DMA after unmap is blocked";
 const PROXY: &str = "devices of another process, which reaches what the guest maps and nothing else";
+const PROXY_KILLED: &str =
+    "the process of a device is killed amid writes: others go on, and it is plugged anew";
+const PROXY_RUST_VMM: &str = "a device of a vfio-user server that is not ours";
 const HOTPLUG: &str = "a device comes, is removed, and is found again";
 const REBOOT: &str = "a reboot and a kexec: no mapping survives";
 
@@ -79,7 +91,9 @@ pub(crate) const CASES: &[Case] = &[
     case("vhost-user-virtio", Iommu::VIRTIO, vhost_user::virtio, "the same behind QEMU's virtio-iommu"),
     on_own_kernel(case("iommufd", Iommu::VIRTIO, consumers::iommufd::run, "our iommufd binding on the guest's own iommufd: its mock IOMMU, and a device")),
     on_own_kernel(case("vdpa", Iommu::VIRTIO, consumers::vdpa::run, "our vhost-vDPA mirror on the guest's own simulators of a disk and a card")),
-    full(case("vhost-user-dpdk", Iommu::VIRTIO, dpdk::run, "our vhost-user front end, with DPDK's testpmd as the device: no guest")),
+    case("replay", Iommu::VIRTIO, consumers::replay::type1, "a history replayed into the guest's own VFIO, beside the software container"),
+    on_own_kernel(case("replay-own", Iommu::VIRTIO, consumers::replay::own, "the same into its own iommufd, and a simulator of vDPA")),
+    full(alone(case("vhost-user-dpdk", Iommu::VIRTIO, dpdk::run, "our vhost-user front end, with DPDK's testpmd as the device: no guest"))),
     case("vhost-net", Iommu::VIRTIO, consumers::vhost::net, "our vhost cache on the guest's own vhost-net, to a tap"),
     case("strict", Iommu::VIRTIO, io::run, IO),
     case("lazy", Iommu::VIRTIO_LAZY, io::run, IO),
@@ -89,6 +103,10 @@ pub(crate) const CASES: &[Case] = &[
     case("vtd-first-io", Iommu::VTD_FIRST, io::run, IO),
     case("proxy", Iommu::VIRTIO, proxy::run, PROXY),
     case("vtd-proxy", Iommu::VTD, proxy::run, PROXY),
+    on_one_kernel(case("proxy-killed", Iommu::VIRTIO, proxy_killed::run, PROXY_KILLED)),
+    full(case("vtd-proxy-killed", Iommu::VTD, proxy_killed::run, PROXY_KILLED)),
+    on_one_kernel(case("proxy-rust-vmm", Iommu::VIRTIO, rust_vmm::run, PROXY_RUST_VMM)),
+    full(case("vtd-proxy-rust-vmm", Iommu::VTD, rust_vmm::run, PROXY_RUST_VMM)),
     case("probe", Iommu::VIRTIO, probe::run, PROBE),
     case("vtd-probe", Iommu::VTD, probe::run, PROBE),
     full(case("vtd-lazy-probe", Iommu::VTD_LAZY, probe::run, PROBE)),
@@ -114,14 +132,16 @@ fn differential(run: &Run<'_>) -> anyhow::Result<String> {
 }
 
 /// What the guests run, by name.
-pub(crate) const SCRIPTS: [(&str, &str); 9] = [
+pub(crate) const SCRIPTS: [(&str, &str); 11] = [
     ("bench", include_str!("../bench/bench.sh")),
     ("consumers", include_str!("consumers.sh")),
     ("hotplug", include_str!("hotplug.sh")),
     ("io", include_str!("io.sh")),
     ("load", include_str!("load.sh")),
     ("probe", include_str!("probe.sh")),
+    ("proxy-killed", include_str!("proxy_killed.sh")),
     ("reboot", include_str!("reboot.sh")),
+    ("rust-vmm", include_str!("rust_vmm.sh")),
     ("switch", include_str!("switch.sh")),
     ("vhost-user", include_str!("vhost_user.sh")),
 ];

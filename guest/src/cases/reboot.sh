@@ -4,7 +4,7 @@ listen
 trace_on
 load_unit
 load virtio_blk
-until_true [ -n "$(disk_of $blk)" ] || fail "no disk at $blk"
+until_true disk_there $blk || fail "no disk at $blk"
 disk=/dev/$(disk_of $blk)
 inside load disk $disk 1 2 256 100 0 || fail "load"
 sleep 0.2

@@ -9,7 +9,7 @@ for want in DMA identity DMA; do
         echo $want > $kind || fail "the group does not become $want"
         echo 0000:$blk > /sys/bus/pci/drivers/virtio-pci/bind
     fi
-    until_true [ -n "$(disk_of $blk)" ] || fail "no disk at $blk"
+    until_true disk_there $blk || fail "no disk at $blk"
     disk=/dev/$(disk_of $blk)
     number=$((number + 1))
     dd if=/dev/urandom of=/tmp/block bs=64k count=4 2> /dev/null

@@ -2,8 +2,7 @@
 [ "$unit" = intel ] || load_unit
 load virtio_blk
 load ext4
-disk_there() { [ -n "$(disk_of $blk)" ]; }
-until_true disk_there || fail "no disk at $blk"
+until_true disk_there $blk || fail "no disk at $blk"
 disk=/dev/$(disk_of $blk)
 group=$(group_of $blk)
 [ -n "$group" ] || fail "$blk is in no group"
@@ -22,7 +21,7 @@ umount /mnt || fail "umount"
 # The driver goes and comes again: the device is stopped and started, with other rings.
 echo 0000:$blk > $(pci $blk)/driver/unbind
 echo 0000:$blk > /sys/bus/pci/drivers_probe
-until_true disk_there || fail "no disk at $blk the second time"
+until_true disk_there $blk || fail "no disk at $blk the second time"
 disk=/dev/$(disk_of $blk)
 mount -t ext4 $disk /mnt || fail "mount again"
 after=$(cat /mnt/1 /mnt/2 /mnt/3 /mnt/4 | md5sum)

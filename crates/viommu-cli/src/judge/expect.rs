@@ -61,7 +61,7 @@ impl Judge {
         for id in &dom.members {
             any |= self.endpoints.get_mut(id).is_some_and(|ep| refused(&mut ep.follower));
         }
-        any
+        self.reals.newly_refused(self.guest.number(domain)) || any
     }
 
     pub(super) fn step_map(&mut self, domain: u32, mapping: Mapping) -> Result<(), Why> {
@@ -97,7 +97,9 @@ impl Judge {
         if handle.next_mapping(m.range.start()).is_some_and(|old| old.range.overlaps(m.range)) {
             return Err(Why::Overlap);
         }
-        if self.first_full(domain, m).is_some() { Err(Why::Unreachable) } else { Ok(()) }
+        let number = self.guest.number(domain);
+        let full = self.first_full(domain, m).is_some() || self.reals.cannot_hold(number, m, extents(m));
+        if full { Err(Why::Unreachable) } else { Ok(()) }
     }
 
     /// The first mirror of the domain that has no room for the mapping.

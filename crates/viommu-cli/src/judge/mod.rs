@@ -9,6 +9,7 @@ mod lacks;
 mod moves;
 mod notifications;
 mod operations;
+mod real;
 mod summary;
 mod tally;
 mod told;
@@ -20,6 +21,7 @@ use std::num::NonZeroU64;
 use viommu_trace::{Entry, Event, Format, Region};
 
 pub(crate) use guest::{REQUESTS, STATUSES};
+pub(crate) use real::{Interface, Reals};
 pub(crate) use summary::{Read, Summary};
 pub(crate) use world::Judge;
 
@@ -93,6 +95,7 @@ impl Judge {
         self.finish_operation(true);
         self.resolve_all();
         self.audit_all();
+        self.end_interfaces();
         self.guest.end_of_history();
         self.hear();
     }

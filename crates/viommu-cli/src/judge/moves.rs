@@ -199,6 +199,7 @@ impl Judge {
         }
         self.guest.release(domain);
         self.hear();
+        self.move_interfaces();
     }
 
     pub(super) fn detach(&mut self, line: u64, domain: u32, endpoint: u32) {
@@ -417,6 +418,7 @@ impl Judge {
 
     /// Who could not follow a step is fenced; with `--unfence` it gets a successor.
     pub(super) fn after_step(&mut self) {
+        self.move_interfaces();
         if !self.options.fails() {
             return;
         }

@@ -106,6 +106,7 @@ impl Judge {
                 if let Some(stats) = &mut self.stats {
                     stats.mapped(domain, mapping.range);
                 }
+                self.interfaces_see(domain);
                 self.after_step();
                 return;
             }

@@ -5,6 +5,7 @@ use viommu::{IovaRange, View};
 
 use super::follower::Follower;
 use super::guest::ModelLine;
+use super::real::RealLine;
 use super::tally::{Answers, Silent};
 use super::world::Judge;
 
@@ -18,6 +19,8 @@ pub(crate) struct Summary {
     pub(crate) notifications: Notifications,
     pub(crate) mirrors: Vec<MirrorLine>,
     pub(crate) caches: Vec<CacheLine>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) real_mirrors: Vec<RealLine>,
     pub(crate) audits: Audits,
     pub(crate) seconds: f64,
     /// Counted in all; the first of them follow.
@@ -218,6 +221,7 @@ impl Judge {
             },
             mirrors,
             caches,
+            real_mirrors: self.real_lines(),
             audits: Audits { run: tally.audits_run, failed: tally.audits_failed },
             seconds: read.seconds,
             differences: tally.differences,

@@ -11,6 +11,7 @@ use super::follower::{Follower, Home};
 use super::guest::{Direct, Eyes, Guest, HALF, Virtio, Vtd};
 use super::lacks::Lacks;
 use super::notifications::Line;
+use super::real::Reals;
 use super::tally::Tally;
 use super::translations::Pending;
 use crate::args::Model;
@@ -102,6 +103,7 @@ pub(super) struct Op {
 pub(crate) struct Judge {
     pub(super) guest: Guest,
     pub(super) options: Options,
+    pub(super) reals: Reals,
     pub(super) format: Format,
     pub(super) domains: BTreeMap<u32, Dom>,
     pub(super) endpoints: BTreeMap<u32, Ep>,
@@ -135,6 +137,7 @@ impl Judge {
     /// When the unit cannot be made, or the history cannot be expressed by the model.
     pub(crate) fn new(
         mut options: Options,
+        reals: Reals,
         format: Format,
         stats: Option<Stats>,
     ) -> Result<Self, Box<dyn std::error::Error>> {
@@ -162,6 +165,7 @@ impl Judge {
         Ok(Self {
             guest,
             options,
+            reals,
             format,
             domains: BTreeMap::new(),
             endpoints: BTreeMap::new(),

@@ -159,6 +159,39 @@ fn tables(out: &mut Page, s: &Summary) {
         ["endpoint", "view", "domain", "maps", "unmaps", "refused", "held", "fills", "hits", "held"],
         rows,
     );
+    reals(out, s);
+}
+
+/// The real interfaces.
+fn reals(out: &mut Page, s: &Summary) {
+    if s.real_mirrors.is_empty() {
+        return;
+    }
+    out.title("real interfaces");
+    let rows = s.real_mirrors.iter().map(|r| {
+        let calls = r.map + r.unmap + r.refused;
+        #[expect(clippy::cast_precision_loss, reason = "for the reader's eye")]
+        let microseconds = r.seconds * 1e6 / calls.max(1) as f64;
+        [
+            shorten(&r.interface, 32),
+            r.endpoint.map_or_else(|| "not known".into(), endpoint),
+            r.domains.to_string(),
+            r.map.to_string(),
+            r.unmap.to_string(),
+            r.refused.to_string(),
+            r.held.to_string(),
+            format!("{microseconds:.1}"),
+        ]
+    });
+    out.table(["interface", "endpoint", "domains", "maps", "unmaps", "refused", "held", "us a call"], rows);
+    for r in &s.real_mirrors {
+        for refusal in &r.refusals {
+            out.note(&format!("{} refused {} times: {}", r.interface, refusal.count, refusal.why));
+        }
+        if r.domains == 0 {
+            out.note(&format!("{}: its endpoint was in no domain", r.interface));
+        }
+    }
 }
 
 fn verdict(out: &mut Page, s: &Summary) {

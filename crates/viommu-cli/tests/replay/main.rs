@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod model;
+mod real;
 mod vtd;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -213,16 +213,16 @@ impl Session {
         let file = target.and_then(|target| function.region_file(target)).filter(|_| takes_files);
         let areas = file.as_ref().map_or(&[][..], |file| &file.areas);
         flags.set(RegionFlags::MMAP, file.is_some());
-        flags.set(RegionFlags::CAPS, !areas.is_empty());
         let fixed = size_of::<RegionInfo>();
         let list = areas.len().saturating_mul(size_of::<SparseArea>());
         let heads = size_of::<CapHeader>().saturating_add(size_of::<SparseMmap>());
         let more = if areas.is_empty() { 0 } else { heads.saturating_add(list) };
         let needed = fixed.saturating_add(more);
         let room = usize::try_from(asked.argsz.get()).unwrap_or(usize::MAX);
-        // A client that has less room learns how much it takes, and asks again.
+        // A client that has less room learns how much it takes, and asks again. QEMU takes no CAPS before they are there.
         let whole = room >= needed;
         let cap_offset = if whole && more > 0 { bytes_of::<RegionInfo>() } else { 0 };
+        flags.set(RegionFlags::CAPS, cap_offset > 0);
         self.answer(&RegionInfo {
             argsz: u32::try_from(needed).map_err(|_| Errno::OVERFLOW)?.into(),
             flags: flags.bits().into(),

@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use viommu::subscribe::{FenceFailed, OutOfReach, Reach, RefusalKind, Refused, Unmapped};
 use viommu::{Access, Ack, Gpa, Iova, IovaRange, Mapping};
-use viommu_memory::mirror::{Holdings, Inside, Piece, Pieces, Resolve, map_all};
+use viommu_memory::mirror::{Holdings, Piece, Pieces, Resolve, map_all};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion as _};
 
 use crate::errno::Errno;
 use crate::iommufd::hub::{Hub, Hwpt};
-use crate::iommufd::kernel::{Limits, Place};
+use crate::iommufd::kernel::{Kernel, Limits, Place};
 use crate::software::Bitmap;
 use crate::written::{Written, pages_of};
 
@@ -49,6 +49,14 @@ pub(super) struct Ioas {
     pub(super) closed: bool,
 }
 
+/// Unmaps whole pieces; gives the bytes that the kernel says.
+fn unmap_range(kernel: &dyn Kernel, ioas: u32, range: IovaRange) -> Result<u128, Refused> {
+    let refused = |errno: Errno| errno.refused("IOAS_UNMAP");
+    // Nothing in reach is of 2^64 bytes.
+    let length = u64::try_from(range.bytes()).map_err(|_| refused(Errno::EOVERFLOW))?;
+    kernel.unmap(ioas, range.start().0, length).map(u128::from).map_err(refused)
+}
+
 impl Ioas {
     pub(super) fn reach(&self) -> Reach {
         // The last page of all is kept out: its end plus one is no address.
@@ -78,7 +86,7 @@ impl Ioas {
                 self,
                 list,
                 |ioas, piece| ioas.map_piece(extent, piece),
-                |ioas, hull| ioas.unmap_range(hull),
+                |ioas, hull| unmap_range(&*ioas.hub.kernel, ioas.id, hull),
             )?,
         }
         self.held.insert(*extent, pieces);
@@ -105,34 +113,19 @@ impl Ioas {
         self.hub.kernel.map(place, piece.vaddr).map_err(|e| e.refused("IOAS_MAP"))
     }
 
-    /// Unmaps whole pieces; gives the bytes that the kernel says.
-    fn unmap_range(&mut self, range: IovaRange) -> Result<u128, Refused> {
-        let refused = |errno: Errno| errno.refused("IOAS_UNMAP");
-        // Nothing in reach is of 2^64 bytes.
-        let length = u64::try_from(range.bytes()).map_err(|_| refused(Errno::EOVERFLOW))?;
-        let removed = self.hub.kernel.unmap(self.id, range.start().0, length);
-        removed.map(u128::from).map_err(refused)
-    }
-
     pub(super) fn unmap(&mut self, range: IovaRange) -> Result<Unmapped, Refused> {
         if self.closed {
             return Err(Refused::new(RefusalKind::Device, "the devices have been cut off"));
         }
-        if self.held.cuts(range) {
-            return Err(Refused::new(RefusalKind::Range, format!("{range} would cut what is held")));
-        }
-        let Inside { bytes, hull, .. } = self.held.sum(range);
-        let mut unmapped = Unmapped::done(bytes);
+        let Self { hub, id, held, .. } = self;
         // Exactly what was mapped: asked to remove what is not there, the kernel answers ENOENT, and only then is that
-        // a sign that the two disagree.
-        if let Some(hull) = hull {
-            // Another number is for the record to see: it fences.
-            unmapped.bytes = self.unmap_range(hull)?;
-        }
-        self.held.remove(range);
+        // a sign that the two disagree. Another number than was held is for the record to see: it fences.
+        let removed = held.unmap(range, |inside| {
+            inside.hull.map_or(Ok(inside.bytes), |hull| unmap_range(&*hub.kernel, *id, hull))
+        });
         // Bits read before the removal would miss what was written in between, and behind it they are gone. So there are
         // none, and all that the device could write counts as written.
-        Ok(unmapped)
+        removed.map(Unmapped::done)
     }
 
     /// Returns when no device uses it any more. Once it has, it does nothing.

@@ -9,7 +9,7 @@
 //! them. Devices that shall see different domains need a container each.
 //!
 //! ```no_run
-//! use std::os::fd::OwnedFd;
+//! use std::os::fd::{BorrowedFd, OwnedFd};
 //! use std::sync::Arc;
 //! use viommu::{Endpoint, Interest, Iommu};
 //! use viommu_vfio::type1::Container;
@@ -60,7 +60,7 @@ mod state;
 mod sys;
 
 use core::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use viommu::subscribe::{self, FenceFailed, OutOfReach, Reach, Refused, Unmapped};
@@ -101,6 +101,19 @@ pub enum OpenError {
         /// With what.
         errno: Errno,
     },
+}
+
+/// A new container with these groups in it (files `/dev/vfio/N`) and an IOMMU of type1 v2: for an embedder that has no
+/// other way to set one up. A group leaves it when its file is closed.
+///
+/// # Errors
+/// [`OpenError::Failed`]: a device of a group is not bound to VFIO (EPERM or EINVAL), or a group is in use (EBUSY).
+pub fn container_of(groups: &[BorrowedFd<'_>]) -> Result<OwnedFd, OpenError> {
+    let failed = |call| move |errno| OpenError::Failed { call, errno };
+    let container = sys::Fd::create().map_err(failed("open /dev/vfio/vfio"))?;
+    groups.iter().try_for_each(|group| container.add(*group)).map_err(failed("GROUP_SET_CONTAINER"))?;
+    container.set_type1_v2().map_err(failed("SET_IOMMU"))?;
+    Ok(container.into_inner())
 }
 
 impl Container {

@@ -41,6 +41,26 @@ fn start_and_size(range: IovaRange) -> Option<(u64, u64)> {
     Some((range.start().0, u64::try_from(range.bytes()).ok()?))
 }
 
+/// Unmaps whole pieces, `expected` bytes of them; gives the bytes that the kernel says.
+fn unmap_range(
+    kernel: &mut Result<Box<dyn Kernel>, Closed>,
+    info: &Info,
+    range: IovaRange,
+    expected: u128,
+) -> Result<u128, Refused> {
+    let kernel = kernel.as_mut().map_err(|Closed| closed())?;
+    let removed = match start_and_size(range) {
+        Some((iova, size)) => kernel.unmap(&UnmapDma { flags: UnmapFlags::empty(), iova, size }, None),
+        None if info.unmap_all => kernel.unmap(&UnmapDma { flags: UnmapFlags::ALL, iova: 0, size: 0 }, None),
+        None => Err(Errno::EINVAL), // nothing in reach makes it
+    };
+    let removed = removed.map_err(|e| e.refused("UNMAP_DMA"))?;
+    // It counts in 64 bits.
+    #[expect(clippy::cast_possible_truncation, reason = "modulo 2^64 is meant")]
+    let matches = removed == expected as u64;
+    Ok(if matches { expected } else { removed.into() })
+}
+
 impl State {
     /// Reads what the container can do now.
     pub(crate) fn refresh(&mut self) -> Result<(), Errno> {
@@ -95,7 +115,7 @@ impl State {
                 self,
                 list,
                 |state, piece| state.map_piece(extent.access, piece.range, piece.vaddr),
-                |state, hull| state.unmap_range(hull, hull.bytes()),
+                |state, hull| unmap_range(&mut state.kernel, &state.info, hull, hull.bytes()),
             )?,
         }
         self.held.insert(*extent, pieces);
@@ -109,41 +129,25 @@ impl State {
         kernel.map(&MapDma { flags: access.into(), vaddr, iova, size }).map_err(|e| e.refused("MAP_DMA"))
     }
 
-    /// Unmaps whole pieces, `expected` bytes of them; gives the bytes that the kernel says.
-    fn unmap_range(&mut self, range: IovaRange, expected: u128) -> Result<u128, Refused> {
-        let kernel = self.kernel.as_mut().map_err(|Closed| closed())?;
-        let removed = match start_and_size(range) {
-            Some((iova, size)) => kernel.unmap(&UnmapDma { flags: UnmapFlags::empty(), iova, size }, None),
-            None if self.info.unmap_all => {
-                kernel.unmap(&UnmapDma { flags: UnmapFlags::ALL, iova: 0, size: 0 }, None)
-            }
-            None => Err(Errno::EINVAL), // nothing in reach makes it
-        };
-        let removed = removed.map_err(|e| e.refused("UNMAP_DMA"))?;
-        // It counts in 64 bits.
-        #[expect(clippy::cast_possible_truncation, reason = "modulo 2^64 is meant")]
-        let matches = removed == expected as u64;
-        Ok(if matches { expected } else { removed.into() })
+    pub(crate) fn unmap(&mut self, range: IovaRange) -> Result<Unmapped, Refused> {
+        if self.tracking {
+            return self.unmap_and_track(range);
+        }
+        let Self { kernel, info, held, .. } = self;
+        held.unmap(range, |Inside { bytes: total, present, hull }| {
+            // Exactly what was mapped: the embedder may have mappings of its own beside it.
+            let removed = hull.map_or(Ok(0), |hull| unmap_range(kernel, info, hull, present))?;
+            // Another number is for the record to see: it fences.
+            Ok(Unmapped::done(total - present + removed))
+        })
     }
 
-    pub(crate) fn unmap(&mut self, range: IovaRange) -> Result<Unmapped, Refused> {
-        if self.held.cuts(range) {
-            return Err(Refused::new(RefusalKind::Range, format!("{range} would cut what is held")));
-        }
-        let Inside { bytes: total, present, hull } = self.held.sum(range);
+    fn unmap_and_track(&mut self, range: IovaRange) -> Result<Unmapped, Refused> {
+        let Inside { bytes: total, present, hull } = self.held.sum(range)?;
         let mut unmapped = Unmapped::done(total);
         if let Some(hull) = hull {
-            // Exactly what was mapped: the embedder may have mappings of its own beside it.
-            let removed = match self.tracking {
-                false => self.unmap_range(hull, present)?,
-                true => {
-                    let (removed, dirty) = self.unmap_with_dirty_pages(range, hull)?;
-                    unmapped.dirty = dirty;
-                    removed
-                }
-            };
-            // Another number is for the record to see: it fences.
-            unmapped.bytes = total - present + removed;
+            let (removed, dirty) = self.unmap_with_dirty_pages(range, hull)?;
+            unmapped = Unmapped { bytes: total - present + removed, dirty, ..unmapped };
         }
         self.held.remove(range);
         Ok(unmapped)

@@ -1,6 +1,7 @@
 //! The ioctls of a container. The only unsafe code of this crate.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::fs::OpenOptions;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use libc::{c_int, c_ulong};
 use vfio_bindings::bindings::vfio::{
@@ -21,6 +22,8 @@ const fn request(number: u32) -> u32 {
 
 const GET_API_VERSION: u32 = request(0);
 const CHECK_EXTENSION: u32 = request(1);
+const SET_IOMMU: u32 = request(2);
+const GROUP_SET_CONTAINER: u32 = request(4);
 const GET_INFO: u32 = request(12);
 const MAP_DMA: u32 = request(13);
 const UNMAP_DMA: u32 = request(14);
@@ -85,6 +88,30 @@ impl Fd {
         let outcome =
             checked(unsafe { libc::ioctl(self.0.as_raw_fd(), DIRTY_PAGES as _, nothing.as_mut_ptr()) });
         Ok(outcome != Err(Errno::EACCES))
+    }
+
+    /// An empty container.
+    pub(crate) fn create() -> Result<Self, Errno> {
+        let file = OpenOptions::new().read(true).write(true).open("/dev/vfio/vfio");
+        let errno = |error: std::io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(0));
+        Ok(Self(file.map_err(errno)?.into()))
+    }
+
+    /// Puts a group in.
+    pub(crate) fn add(&self, group: BorrowedFd<'_>) -> Result<(), Errno> {
+        let container = self.0.as_raw_fd();
+        // SAFETY: the argument points to a descriptor that is open; the request reads it and nothing else.
+        checked(unsafe { libc::ioctl(group.as_raw_fd(), GROUP_SET_CONTAINER as _, &raw const container) })?;
+        Ok(())
+    }
+
+    /// Gives the container, which has a group, its IOMMU.
+    pub(crate) fn set_type1_v2(&self) -> Result<(), Errno> {
+        self.by_value(SET_IOMMU, VFIO_TYPE1v2_IOMMU.into()).map(drop)
+    }
+
+    pub(crate) fn into_inner(self) -> OwnedFd {
+        self.0
     }
 
     /// A request whose argument is a number.

@@ -21,6 +21,8 @@ pub(super) const MAX_PAYLOAD: usize = 4096;
 const MAX_FDS: usize = 32;
 /// Bytes that wait for a peer that does not read.
 const MAX_WAITING: usize = 1 << 20;
+/// Descriptors that do: who sends them on would have none left for itself.
+const MAX_WAITING_FDS: usize = 256;
 
 /// Why nothing comes or goes any more: the connection is over.
 #[derive(Debug, thiserror::Error)]
@@ -158,6 +160,7 @@ pub(super) struct Sender {
     /// Bytes of the first of them that are gone.
     sent: usize,
     bytes: usize,
+    fds: usize,
 }
 
 impl Sender {
@@ -168,9 +171,11 @@ impl Sender {
         let mut bytes = Header { request, flags, size: size.into() }.as_bytes().to_vec();
         bytes.extend_from_slice(&message.payload);
         self.bytes = self.bytes.saturating_add(bytes.len());
+        self.fds = self.fds.saturating_add(message.fds.len());
         self.waiting.push_back((bytes, message.fds));
         self.flush(socket)?;
-        if self.bytes > MAX_WAITING { Err(WireError::Stalled) } else { Ok(()) }
+        let room = self.bytes <= MAX_WAITING && self.fds <= MAX_WAITING_FDS;
+        if room { Ok(()) } else { Err(WireError::Stalled) }
     }
 
     pub(super) fn flush(&mut self, socket: &UnixStream) -> Result<(), WireError> {
@@ -195,6 +200,7 @@ impl Sender {
             }
             if self.sent >= bytes.len() {
                 self.bytes = self.bytes.saturating_sub(bytes.len());
+                self.fds = self.fds.saturating_sub(fds.len());
                 self.sent = 0;
                 self.waiting.pop_front();
             }

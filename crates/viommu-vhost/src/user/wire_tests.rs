@@ -74,3 +74,15 @@ fn peer_that_does_not_read_is_told_of_and_nothing_is_lost_before() {
     }
     assert!(sender.is_empty() && sender.bytes == 0);
 }
+
+#[test]
+fn descriptors_for_a_peer_that_does_not_read_are_capped() {
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let mut sender = Sender::default();
+    let outcome = (0..2000).try_for_each(|_| {
+        let mut message = Message::new(1, 0, &[]);
+        message.fds.push(null());
+        sender.send(&ours, message)
+    });
+    assert!(matches!(outcome, Err(WireError::Stalled)), "{outcome:?}");
+}

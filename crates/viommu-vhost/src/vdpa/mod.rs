@@ -5,7 +5,7 @@
 //! pushed to it, and everything that the guest maps is.
 //!
 //! ```no_run
-//! use std::os::fd::OwnedFd;
+//! use std::os::fd::{BorrowedFd, OwnedFd};
 //! use std::sync::Arc;
 //! use viommu::{Endpoint, Interest};
 //! use viommu_vhost::vdpa::Device;
@@ -41,7 +41,7 @@ mod sys;
 mod wire;
 
 use core::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
@@ -51,7 +51,7 @@ use viommu_memory::mirror::{Holding, Holdings, resolve_in};
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use crate::spec::backend;
-use state::State;
+use state::{Line, State};
 use wire::{Kernel, Wire};
 
 /// Entries of an address space: the kernel's parameter `max_iotlb_entries`, as it is unless somebody sets it.
@@ -105,6 +105,15 @@ pub enum OpenError {
         /// With what.
         errno: Errno,
     },
+}
+
+/// Makes this process the owner of a device (`VHOST_SET_OWNER`), which nobody owns: for an embedder that has no other way
+/// to do so.
+///
+/// # Errors
+/// EBUSY where it has an owner; ENOTTY where the descriptor is of something else.
+pub fn own(device: BorrowedFd<'_>) -> Result<(), Errno> {
+    sys::set_owner(device)
 }
 
 /// A device that mirrors will be made over.
@@ -193,18 +202,16 @@ impl Device {
             return Err(OpenError::NoAddressSpace { asid, count: self.info.address_spaces });
         }
         let state = State {
-            wire: self.wire.clone(),
-            asid,
             range: self.info.range,
             batches: self.info.batches,
             limit: self.entries,
             out_of_reach: self.out_of_reach,
             memory: resolve_in(memory),
             held: Holdings::default(),
-            in_step: false,
         };
-        let state = Arc::new(Mutex::new(state));
-        Ok((Mirror(state.clone()), Handle(state)))
+        let (state, wire) = (Arc::new(Mutex::new(state)), &self.wire);
+        let line = Line { wire: wire.clone(), asid, in_step: false };
+        Ok((Mirror { state: state.clone(), line }, Handle { state, wire: wire.clone(), asid }))
     }
 }
 
@@ -231,12 +238,19 @@ impl fmt::Debug for Device {
 }
 
 /// The mirror of an address space, for [`Endpoint::subscribe_mirror`](viommu::Endpoint::subscribe_mirror).
-pub struct Mirror(Arc<Mutex<State>>);
+pub struct Mirror {
+    state: Arc<Mutex<State>>,
+    line: Line,
+}
 
 /// What of the mirror stays with the embedder. Its calls take the mirror's lock, so they wait for a message that is being
 /// written; they may be made from any thread, but not from a subscriber's callback.
 #[derive(Clone)]
-pub struct Handle(Arc<Mutex<State>>);
+pub struct Handle {
+    state: Arc<Mutex<State>>,
+    wire: Arc<Mutex<Wire>>,
+    asid: u32,
+}
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -244,31 +258,31 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 
 impl subscribe::Mirror for Mirror {
     fn reach(&self) -> Reach {
-        lock(&self.0).reach()
+        lock(&self.state).reach()
     }
 
     fn begin(&mut self) {
-        lock(&self.0).in_step = true;
+        self.line.in_step = true;
     }
 
     fn commit(&mut self) -> Ack {
-        lock(&self.0).commit()
+        self.line.commit()
     }
 
     fn map(&mut self, extent: &Mapping) -> Result<Ack, Refused> {
-        lock(&self.0).map(extent)
+        lock(&self.state).map(&self.line, extent)
     }
 
     fn unmap(&mut self, range: IovaRange) -> Result<Unmapped, Refused> {
-        lock(&self.0).unmap(range)
+        lock(&self.state).unmap(&self.line, range)
     }
 
     fn fence(&mut self) -> Result<(), FenceFailed> {
-        lock(&self.0).fence()
+        lock(&self.state).fence(&self.line)
     }
 
     fn held(&self) -> Vec<Mapping> {
-        lock(&self.0).held.mappings()
+        lock(&self.state).held.mappings()
     }
 }
 
@@ -277,20 +291,20 @@ impl Handle {
     /// takes at least one entry of the kernel's; memory that is not contiguous takes more.
     #[must_use]
     pub fn entries(&self) -> u64 {
-        lock(&self.0).held.entries()
+        lock(&self.state).held.entries()
     }
 
     /// Whether the device has been cut off.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        state::lock(&lock(&self.0).wire).is_closed()
+        state::lock(&self.wire).is_closed()
     }
 
     /// Extents whose memory lies elsewhere in this process than when they were mapped, or nowhere: the device still uses
     /// what was there. [`Subscription::replay`](viommu::Subscription::replay) maps all anew then.
     #[must_use]
     pub fn stale(&self) -> Vec<Mapping> {
-        let state = lock(&self.0);
+        let state = lock(&self.state);
         let moved = |held: &&Holding| (state.memory)(&held.mapping).ok().as_ref() != Some(&held.pieces);
         state.held.iter().filter(moved).map(|held| held.mapping).collect()
     }
@@ -298,15 +312,17 @@ impl Handle {
 
 impl fmt::Debug for Mirror {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Mirror").field(&Handle(self.0.clone())).finish()
+        let Line { wire, asid, .. } = &self.line;
+        let handle = Handle { state: self.state.clone(), wire: wire.clone(), asid: *asid };
+        f.debug_tuple("Mirror").field(&handle).finish()
     }
 }
 
 impl fmt::Debug for Handle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = lock(&self.0);
+        let state = lock(&self.state);
         f.debug_struct("Handle")
-            .field("asid", &state.asid)
+            .field("asid", &self.asid)
             .field("entries", &state.held.entries())
             .finish_non_exhaustive()
     }

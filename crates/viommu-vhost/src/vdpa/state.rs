@@ -13,16 +13,20 @@ use crate::vdpa::wire::Wire;
 /// Bytes of the pages that addresses and sizes are made of: the kernel rounds what is not.
 const PAGE: u64 = 4096;
 
-/// An address space, and what was mapped in it.
+/// What was mapped in an address space.
 pub(super) struct State {
-    pub(super) wire: Arc<Mutex<Wire>>,
-    pub(super) asid: u32,
     pub(super) range: IovaRange,
     pub(super) batches: bool,
     pub(super) limit: Option<u32>,
     pub(super) out_of_reach: OutOfReach,
     pub(super) memory: Resolve,
     pub(super) held: Holdings,
+}
+
+/// The way of one address space's messages: the mirror's own, so that its lock is no matter for a step's begin and end.
+pub(super) struct Line {
+    pub(super) wire: Arc<Mutex<Wire>>,
+    pub(super) asid: u32,
     pub(super) in_step: bool,
 }
 
@@ -69,7 +73,7 @@ impl State {
         }
     }
 
-    pub(super) fn map(&mut self, extent: &Mapping) -> Result<Ack, Refused> {
+    pub(super) fn map(&mut self, line: &Line, extent: &Mapping) -> Result<Ack, Refused> {
         let pieces = (self.memory)(extent).map_err(|e| Refused::new(RefusalKind::Device, e.to_string()))?;
         let (more, held) = (pieces.count() as u64, self.held.entries());
         // The record counts extents; one over several regions of memory takes more entries than it knows of.
@@ -82,20 +86,37 @@ impl State {
         match &pieces {
             Pieces::Absent => {}
             Pieces::Whole(vaddr) => {
-                self.update(extent.access, Piece { range: extent.range, vaddr: *vaddr })?;
+                line.update(extent.access, Piece { range: extent.range, vaddr: *vaddr })?;
             }
             Pieces::Several(list) => map_all(
-                self,
+                &mut { line },
                 list,
-                |state, piece| state.update(extent.access, piece),
-                |state, hull| state.invalidate(hull).map(|()| hull.bytes()),
+                |line, piece| line.update(extent.access, piece),
+                |line, hull| line.invalidate(hull).map(|()| hull.bytes()),
             )?,
         }
         self.held.insert(*extent, pieces);
         Ok(Ack::Done)
     }
 
-    fn update(&mut self, access: Access, piece: Piece) -> Result<(), Refused> {
+    pub(super) fn unmap(&mut self, line: &Line, range: IovaRange) -> Result<Unmapped, Refused> {
+        self.held.unmap(range, |Inside { bytes, hull, .. }| {
+            // The kernel removes what touches the range, wholly, and tells no number: whole extents it is, and of nothing
+            // held nothing is asked, since an address space that has had no UPDATE yet is none.
+            hull.map_or(Ok(()), |hull| line.invalidate(hull))?;
+            Ok(Unmapped::done(bytes))
+        })
+    }
+
+    pub(super) fn fence(&mut self, line: &Line) -> Result<(), FenceFailed> {
+        lock(&line.wire).fence()?;
+        self.held.clear();
+        Ok(())
+    }
+}
+
+impl Line {
+    fn update(&self, access: Access, piece: Piece) -> Result<(), Refused> {
         let too_large = || Refused::new(RefusalKind::Range, "UPDATE: a size of 2^64 cannot be said");
         let (iova, size) = start_and_size(piece.range).ok_or_else(too_large)?;
         let (perm, kind) = (perm_of(access), kind::UPDATE);
@@ -103,29 +124,15 @@ impl State {
         self.send(message).map_err(|errno| refused("UPDATE", errno))
     }
 
-    fn invalidate(&mut self, range: IovaRange) -> Result<(), Refused> {
+    fn invalidate(&self, range: IovaRange) -> Result<(), Refused> {
         let too_large = || Refused::new(RefusalKind::Range, "INVALIDATE: a size of 2^64 cannot be said");
         let (iova, size) = start_and_size(range).ok_or_else(too_large)?;
         let message = IotlbMsg { iova, size, kind: kind::INVALIDATE, ..IotlbMsg::default() };
         self.send(message).map_err(|errno| refused("INVALIDATE", errno))
     }
 
-    fn send(&mut self, message: IotlbMsg) -> Result<(), Errno> {
+    fn send(&self, message: IotlbMsg) -> Result<(), Errno> {
         lock(&self.wire).send(self.asid, self.in_step, message)
-    }
-
-    pub(super) fn unmap(&mut self, range: IovaRange) -> Result<Unmapped, Refused> {
-        if self.held.cuts(range) {
-            return Err(Refused::new(RefusalKind::Range, format!("{range} would cut what is held")));
-        }
-        let Inside { bytes, hull, .. } = self.held.sum(range);
-        // The kernel removes what touches the range, wholly, and tells no number: whole extents it is, and of nothing
-        // held nothing is asked, since an address space that has had no UPDATE yet is none.
-        if let Some(hull) = hull {
-            self.invalidate(hull)?;
-        }
-        self.held.remove(range);
-        Ok(Unmapped::done(bytes))
     }
 
     pub(super) fn commit(&mut self) -> Ack {
@@ -137,11 +144,5 @@ impl State {
         let (ack, resolver) = Ack::pending();
         resolver.failed();
         ack
-    }
-
-    pub(super) fn fence(&mut self) -> Result<(), FenceFailed> {
-        lock(&self.wire).fence()?;
-        self.held.clear();
-        Ok(())
     }
 }

@@ -1,9 +1,9 @@
 //! The calls of a vhost-vDPA device.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
-use rustix::ioctl::{Getter, Opcode, Setter, ioctl, opcode};
+use rustix::ioctl::{Getter, NoArg, Opcode, Setter, ioctl, opcode};
 use zerocopy::IntoBytes as _;
 
 use crate::spec::Message;
@@ -11,12 +11,20 @@ use crate::vdpa::wire::Kernel;
 
 /// The group of vhost's requests in `<linux/vhost.h>`.
 const VHOST: u8 = 0xaf;
+const SET_OWNER: Opcode = opcode::none(VHOST, 0x01);
 const SET_BACKEND_FEATURES: Opcode = opcode::write::<u64>(VHOST, 0x25);
 const GET_BACKEND_FEATURES: Opcode = opcode::read::<u64>(VHOST, 0x26);
 const VDPA_GET_STATUS: Opcode = opcode::read::<u8>(VHOST, 0x71);
 const VDPA_SET_STATUS: Opcode = opcode::write::<u8>(VHOST, 0x72);
 const VDPA_GET_IOVA_RANGE: Opcode = opcode::read::<[u64; 2]>(VHOST, 0x78);
 const VDPA_GET_AS_NUM: Opcode = opcode::read::<u32>(VHOST, 0x7a);
+
+pub(super) fn set_owner(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: this request takes no argument.
+    let set = unsafe { NoArg::<SET_OWNER>::new() };
+    // SAFETY: no memory is concerned: the device takes what it is given later for this process's.
+    unsafe { ioctl(fd, set) }
+}
 
 /// A device by its descriptor.
 #[derive(Debug)]
@@ -87,6 +95,7 @@ mod tests {
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     #[test]
     fn numbers_are_those_of_linux() {
+        assert_eq!(SET_OWNER, 0xaf01);
         assert_eq!(SET_BACKEND_FEATURES, 0x4008_af25);
         assert_eq!(GET_BACKEND_FEATURES, 0x8008_af26);
         assert_eq!(VDPA_GET_STATUS, 0x8001_af71);

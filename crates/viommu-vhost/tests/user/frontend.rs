@@ -137,6 +137,48 @@ fn miss_is_answered_when_the_update_is() {
 }
 
 #[test]
+fn answers_come_in_the_order_of_their_messages() {
+    let Setup { vmm, mut main, mut back, .. } = setup(LIMIT);
+    wait(vmm.domain.map(page(0x1000, 0x5000, Access::RW)).unwrap());
+    miss(&mut back, 0x1000, 1, flag::NEED_REPLY);
+    iotlb(&mut main);
+    // Nothing is there, a request that is not known, an ACCESS_FAIL: each could be answered at once.
+    miss(&mut back, 0x9000, 1, flag::NEED_REPLY);
+    back.send(77, flag::NEED_REPLY, &[], &[]);
+    let fail = IotlbMsg { kind: kind::ACCESS_FAIL, ..IotlbMsg::default() };
+    back.send(backend_request::IOTLB_MSG, flag::NEED_REPLY, fail.as_bytes(), &[]);
+    back.0.set_read_timeout(Some(SHORT)).unwrap();
+    assert!(back.receive().is_none(), "an answer that the back end takes for that to its first MISS");
+    back.0.set_read_timeout(None).unwrap();
+    answer(&mut main, request::IOTLB_MSG, 0);
+    for (request, value) in [(1, 0_u64), (1, 1), (77, 1), (1, 0)] {
+        let (answered, _, payload) = back.receive().unwrap();
+        assert_eq!((answered, &payload[..]), (request, value.as_bytes()));
+    }
+    vmm.frontend.close();
+    vmm.server.join().unwrap();
+}
+
+#[test]
+fn descriptors_that_come_with_a_miss_are_not_kept() {
+    let Setup { vmm, mut main, mut back, .. } = setup(LIMIT);
+    wait(vmm.domain.map(page(0x1000, 0x5000, Access::RW)).unwrap());
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let theirs = std::fs::File::from(OwnedFd::from(theirs));
+    let body = IotlbMsg { iova: 0x1000, perm: 1, kind: kind::MISS, ..IotlbMsg::default() };
+    back.send(backend_request::IOTLB_MSG, flag::NEED_REPLY, body.as_bytes(), &[&theirs]);
+    drop(theirs);
+    // The MISS waits for this one's answer.
+    iotlb(&mut main);
+    ours.set_read_timeout(Some(LIMIT)).unwrap();
+    assert_eq!(std::io::Read::read(&mut ours, &mut [0]).unwrap(), 0, "kept open");
+    answer(&mut main, request::IOTLB_MSG, 0);
+    assert_eq!(back.receive().unwrap().2, 0_u64.as_bytes());
+    vmm.frontend.close();
+    vmm.server.join().unwrap();
+}
+
+#[test]
 fn unmap_completes_with_the_answer_and_nobody_else_waits() {
     let Setup { vmm, mut main, back: _back, .. } = Setup::with_a_page(LIMIT);
     // Another subscriber of the same endpoint, and another endpoint of the same domain.

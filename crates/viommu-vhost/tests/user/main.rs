@@ -4,4 +4,5 @@
 mod backend;
 mod both;
 mod frontend;
+mod regions;
 mod support;

@@ -2,11 +2,12 @@
 
 use crate::ack::Ack;
 use crate::addr::{Iova, IovaRange};
-use crate::deliver::{Counts, Sub};
+use crate::deliver::{Counts, FENCED_AGAIN, Sub};
 use crate::endpoint::EndpointShared;
 use crate::mapping::{Access, Mapping};
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
+use crate::quiesce::space::Space;
 use crate::reader::{Fault, Reader};
 use crate::subscribe::{Cache, FenceFailed, Interest, Kinds};
 use crate::sync::{Arc, Mutex, lock};
@@ -44,9 +45,10 @@ impl CacheSeat {
         self.interest.kinds.contains(Kinds::UNMAP)
     }
 
-    /// Tells it to drop what it holds inside `range` (the domain's addresses). Removals are published before.
+    /// Tells it to drop what it holds inside `range` of the domain whose readers are in `space`. Removals are published
+    /// before.
     #[inline]
-    pub(crate) fn invalidate(&self, range: IovaRange, done: &mut Completion) {
+    pub(crate) fn invalidate(&self, range: IovaRange, space: &Arc<Space>, done: &mut Completion) {
         let Some(range) = range.intersect(self.interest.window) else { return };
         if self.sub.is_fenced() {
             return;
@@ -57,7 +59,7 @@ impl CacheSeat {
             channel.cache.invalidate(self.interest.outward(range))
         };
         if let Ack::Pending(waiting) = ack {
-            done.add_ack(&self.sub, waiting);
+            done.add_ack(&self.sub, waiting, vec![space.clone()]);
         }
     }
 
@@ -93,6 +95,12 @@ impl CacheSeat {
         }
         let outcome = self.fence();
         self.sub.tell_fence(outcome, why)
+    }
+
+    /// Tries once more, after a fence that failed.
+    pub(crate) fn fence_again(&self) {
+        let outcome = self.fence();
+        self.sub.tell_fence(outcome, FENCED_AGAIN);
     }
 
     pub(crate) fn held(&self) -> Option<Vec<Mapping>> {

@@ -3,12 +3,13 @@
 use crate::ack::Ack;
 use crate::addr::{Iova, IovaRange};
 use crate::deliver::lens::Lens;
-use crate::deliver::{Counts, Sub};
+use crate::deliver::{Counts, FENCED_AGAIN, Sub};
 use crate::domain::SCRATCH;
 use crate::domain::dirty::{DirtyLog, note_dirty};
 use crate::mapping::{Mapping, Target};
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
+use crate::quiesce::space::Space;
 use crate::subscribe::{FenceFailed, Interest, Mirror, Reach, RefusalKind, Refused, Unmapped, Unreachable};
 use crate::sync::Arc;
 
@@ -28,14 +29,26 @@ pub(crate) struct MirrorSeat {
     in_step: bool,
     /// Not fenced. The same as the subscription's word for it, at hand.
     live: bool,
-    /// Alive and complete; every piece of memory is one extent, as it is; and a step is no more than its calls of `map`
-    /// and `unmap`, with nothing to check but the number of extents. Most mirrors are so most of the time.
-    direct: bool,
+    way: Way,
     /// The most extents that it can hold.
     limit: u64,
     scratch: Vec<Mapping>,
+    /// Where it is, or was last.
+    space: Option<Arc<Space>>,
     /// Inside a step, of a mirror that replaces in place: what it has not lost, for the way back.
     pub(crate) swap: Swap,
+}
+
+/// Which way a step of one mapping, memory of one piece, may go to a mirror.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// One call of `map` or `unmap`, and nothing is to be looked at but the number of extents.
+    Direct,
+    /// The same, but it has to be in reach, or the call to be in a batch. Most mirrors are so most of the time: alive and
+    /// complete, with nothing to clip or to replace in place.
+    InStep,
+    /// Only as all other steps.
+    Long,
 }
 
 /// What a step does in place at one mirror.
@@ -63,7 +76,7 @@ impl MirrorSeat {
         };
         Self {
             sub,
-            direct: false,
+            way: Way::Long,
             limit: 0,
             lens: Lens::new(interest, reach),
             counts: Counts::default(),
@@ -73,12 +86,14 @@ impl MirrorSeat {
             in_step: false,
             live: true,
             scratch: Vec::new(),
+            space: None,
             swap: Swap::default(),
         }
     }
 
     /// Comes to an address space, holding nothing.
-    pub(crate) fn arrive(&mut self, clip_to: Option<Vec<IovaRange>>, refusable: bool) {
+    pub(crate) fn arrive(&mut self, space: &Arc<Space>, clip_to: Option<Vec<IovaRange>>, refusable: bool) {
+        self.space = Some(space.clone());
         self.lens.set_space(clip_to, refusable);
         self.advance(Some(Iova(0)));
     }
@@ -91,15 +106,18 @@ impl MirrorSeat {
 
     fn settle(&mut self) {
         let reach = &self.lens.reach;
-        let calls_alone = !reach.batches && !reach.replace;
-        self.direct = self.live && self.cursor.is_none() && self.lens.plain && calls_alone;
+        let is_ordinary = self.live && self.cursor.is_none() && self.lens.straight && !reach.replace;
+        self.way = match is_ordinary {
+            true if self.lens.plain && !reach.batches => Way::Direct,
+            true => Way::InStep,
+            false => Way::Long,
+        };
         self.limit = reach.entries.map_or(u64::MAX, u64::from);
     }
 
-    /// Whether it is an ordinary one: see the field.
     #[inline]
-    pub(crate) fn is_direct(&self) -> bool {
-        self.direct
+    pub(crate) fn way(&self) -> Way {
+        self.way
     }
 
     /// Whether steps in `range` are anything to it.
@@ -111,7 +129,16 @@ impl MirrorSeat {
     /// Whether adding `m`, which is memory of one piece, is one call that it cannot be known to refuse, or no call.
     #[inline]
     pub(crate) fn can_take_as_it_is(&self, m: &Mapping) -> bool {
-        if self.direct { self.counts.held < self.limit } else { !self.hears_in(m.range) }
+        match self.way {
+            Way::Direct => self.counts.held < self.limit,
+            Way::InStep => self.can_hold(m),
+            Way::Long => !self.hears_in(m.range),
+        }
+    }
+
+    #[inline(never)]
+    fn can_hold(&self, m: &Mapping) -> bool {
+        self.counts.held < self.limit && self.lens.reach.refuses(m).is_none()
     }
 
     #[inline]
@@ -159,7 +186,7 @@ impl MirrorSeat {
     /// Whether it could hold `pieces` besides what it has, less `fewer` extents. Gives the extents it would add.
     pub(crate) fn check(&mut self, pieces: &[Mapping], fewer: u64) -> Result<(), (Unreachable, IovaRange)> {
         // Never more extents than pieces.
-        if self.direct && self.has_room_for(pieces.len(), fewer) || !self.lens.sees(pieces) {
+        if self.way == Way::Direct && self.has_room_for(pieces.len(), fewer) || !self.lens.sees(pieces) {
             return Ok(());
         }
         let mut extents = core::mem::take(&mut self.scratch);
@@ -221,7 +248,7 @@ impl MirrorSeat {
     #[inline]
     fn note(&self, ack: Ack, done: &mut Completion) {
         if let Ack::Pending(waiting) = ack {
-            done.add_ack(&self.sub, waiting);
+            done.add_ack(&self.sub, waiting, self.space.iter().cloned().collect());
         }
     }
 
@@ -262,6 +289,17 @@ impl MirrorSeat {
         }
         self.scratch = extents;
         outcome
+    }
+
+    /// Maps one extent as a part of a step, to be ended by [`commit`](Self::commit).
+    #[inline(never)]
+    pub(crate) fn map_in_step(
+        &mut self,
+        extent: &Mapping,
+        done: &mut Completion,
+    ) -> Result<(), Box<Refused>> {
+        self.begin();
+        self.map_one(extent, done)
     }
 
     /// Maps one extent.
@@ -419,6 +457,12 @@ impl MirrorSeat {
         }
         let outcome = self.fence();
         self.sub.tell_fence(outcome, why)
+    }
+
+    /// Tries once more, after a fence that failed.
+    pub(crate) fn fence_again(&mut self) {
+        let outcome = self.fence();
+        self.sub.tell_fence(outcome, FENCED_AGAIN);
     }
 
     /// What the mirror says it holds.

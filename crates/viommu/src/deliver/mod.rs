@@ -13,34 +13,45 @@ use crate::endpoint::{EndpointId, EndpointShared, Sight};
 use crate::error::Incident;
 use crate::iommu::unit::{Totals, Unit};
 use crate::mapping::{Access, Mapping, Target};
+use crate::quiesce::completion::Completion;
+use crate::quiesce::scope::CallbackScope;
+use crate::quiesce::space::{self, Hold};
 use crate::subscribe::{FenceFailed, Interest, Kinds, Observer, Space};
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock};
 
 pub(crate) use cache::CacheSeat;
 pub(crate) use mirror::MirrorSeat;
 
+/// Why one is fenced whose fence has failed.
+pub(crate) const FENCED_AGAIN: &str = "the fence that had failed was tried again";
+
 /// What is known of a subscription everywhere: its number, whose it is, whether it is fenced.
 pub(crate) struct Sub {
     id: u64,
     endpoint: Option<EndpointId>,
     fenced: AtomicBool,
-    /// Its fence failed: nobody knows what its device can still reach.
-    uncut: AtomicBool,
+    /// `Some`: its fence failed, so nobody knows what its device can still reach; it may be anything that is or was
+    /// mapped in these address spaces.
+    uncut: Mutex<Option<Vec<Hold>>>,
     /// The endpoints that it serves: cut off with it.
     serves: Mutex<Vec<Arc<EndpointShared>>>,
     unit: Weak<Unit>,
+    /// The counters of its unit, and the alarm: it may outlive the unit.
+    pub(crate) totals: Arc<Totals>,
 }
 
 impl Sub {
-    pub(crate) fn new(
-        id: u64,
-        endpoint: Option<EndpointId>,
-        serves: Vec<Arc<EndpointShared>>,
-        unit: Weak<Unit>,
-    ) -> Arc<Self> {
-        let serves = Mutex::new(serves);
-        let (fenced, uncut) = (AtomicBool::new(false), AtomicBool::new(false));
-        Arc::new(Self { id, endpoint, fenced, uncut, serves, unit })
+    /// A new one of `unit`.
+    pub(crate) fn new(unit: &Unit, endpoint: Option<EndpointId>) -> Arc<Self> {
+        Arc::new(Self {
+            id: unit.next_id(),
+            endpoint,
+            fenced: AtomicBool::new(false),
+            uncut: Mutex::new(None),
+            serves: Mutex::new(Vec::new()),
+            unit: unit.this.clone(),
+            totals: unit.totals.clone(),
+        })
     }
 
     pub(crate) fn id(&self) -> u64 {
@@ -56,19 +67,48 @@ impl Sub {
         self.fenced.load(Ordering::Acquire)
     }
 
-    /// Whether its fence, which has been tried, held.
-    pub(crate) fn is_cut_off(&self) -> bool {
-        !self.uncut.load(Ordering::Acquire)
+    /// How reports name it.
+    pub(crate) fn label(&self) -> String {
+        format!("subscription {}", self.id)
     }
 
-    /// Tells the alarm what came of its fence; whether that held.
+    /// The key of its endpoint.
+    pub(crate) fn key(&self) -> u64 {
+        self.endpoint.map_or(EndpointId::NOBODY, EndpointId::key)
+    }
+
+    /// Whether its fence, which has been tried, held.
+    pub(crate) fn is_cut_off(&self) -> bool {
+        lock(&self.uncut).is_none()
+    }
+
+    /// It could not be cut off, and may hold what is or was mapped in `space`: no removal there is over before it is.
+    pub(crate) fn hold(&self, space: &Arc<space::Space>) {
+        if let Some(holds) = lock(&self.uncut).as_mut()
+            && !holds.iter().any(|hold| Arc::ptr_eq(&hold.space, space))
+        {
+            holds.push(Hold::new(space, self.key(), &self.label()));
+        }
+    }
+
+    /// `done` is not over before it is cut off.
+    pub(crate) fn await_cut(&self, done: &mut Completion) {
+        for hold in lock(&self.uncut).iter().flatten() {
+            done.add_removal(&hold.space, Some(self.key()), &[IovaRange::ALL]);
+        }
+    }
+
+    /// Takes note of what came of its fence, and tells the alarm; whether that held.
     pub(crate) fn tell_fence(&self, outcome: Result<(), FenceFailed>, why: &str) -> bool {
         let (subscription, endpoint) = (self.id, self.endpoint);
         let held = outcome.is_ok();
-        if !held {
-            self.uncut.store(true, Ordering::Release);
+        if held {
+            let holds = lock(&self.uncut).take();
+            holds.into_iter().flatten().for_each(Hold::end); // outside the lock: it wakes who waits
+        } else {
+            lock(&self.uncut).get_or_insert_default();
         }
-        self.alarm(&match outcome {
+        self.totals.alarm(&match outcome {
             Ok(()) => Incident::Fenced { subscription, endpoint, why: why.into() },
             Err(failed) => Incident::FenceFailed { subscription, endpoint, why: format!("{why}; {failed}") },
         });
@@ -99,20 +139,12 @@ impl Sub {
         lock(&self.serves).is_empty()
     }
 
-    /// The counters of its unit.
-    pub(crate) fn totals(&self) -> Option<Arc<Totals>> {
-        self.unit.upgrade().map(|unit| unit.totals.clone())
-    }
-
-    pub(crate) fn alarm(&self, incident: &Incident) {
-        if let Some(totals) = self.totals() {
-            totals.alarm(incident);
-        }
-    }
-
     /// Fences the subscriber from outside a step; `false` when that failed.
     pub(crate) fn fence(&self, why: &str) -> bool {
-        self.unit.upgrade().is_none_or(|unit| unit.fence(self.id, why))
+        if let Some(unit) = self.unit.upgrade() {
+            unit.fence(self.id, why);
+        }
+        self.is_cut_off()
     }
 }
 
@@ -243,13 +275,39 @@ impl Seats {
         self.mirrors.is_empty() && self.caches.is_empty() && self.observers.is_empty()
     }
 
-    /// Cuts a mirror or a cache of these off and says so; whether that held, `None` when it is not here.
-    pub(crate) fn fence_and_tell(&mut self, id: u64, why: &str) -> Option<bool> {
-        if let Some(mirror) = self.mirrors.iter_mut().find(|seat| seat.sub.id() == id) {
-            return Some(mirror.fence_and_tell(why));
+    /// Cuts a mirror or a cache of these off and says so; whether that held, `None` when it is not here. `space`: where
+    /// they are.
+    pub(crate) fn fence_and_tell(
+        &mut self,
+        id: u64,
+        why: &str,
+        space: Option<&Arc<space::Space>>,
+    ) -> Option<bool> {
+        let _callback = CallbackScope::enter();
+        let (held, sub) = match self.mirrors.iter_mut().find(|seat| seat.sub.id() == id) {
+            Some(mirror) => (mirror.fence_and_tell(why), &mirror.sub),
+            None => {
+                let cache = self.caches.iter().find(|seat| seat.sub.id() == id)?;
+                (cache.fence_and_tell(why), &cache.sub)
+            }
+        };
+        if let Some(space) = space.filter(|_| !held) {
+            sub.hold(space);
         }
-        let cache = self.caches.iter().find(|seat| seat.sub.id() == id)?;
-        Some(cache.fence_and_tell(why))
+        Some(held)
+    }
+
+    /// Tries once more to cut off whoever could not be. `done` is not over before they are.
+    pub(crate) fn fence_again(&mut self, done: &mut Completion) {
+        let _callback = CallbackScope::enter();
+        for seat in self.mirrors.iter_mut().filter(|seat| !seat.sub.is_cut_off()) {
+            seat.fence_again();
+            seat.sub.await_cut(done);
+        }
+        for seat in self.caches.iter().filter(|seat| !seat.sub.is_cut_off()) {
+            seat.fence_again();
+            seat.sub.await_cut(done);
+        }
     }
 
     pub(crate) fn append(&mut self, mut other: Self) {

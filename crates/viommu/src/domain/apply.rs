@@ -386,10 +386,12 @@ impl DomainInner {
         }
     }
 
-    /// Cuts a mirror off. If that fails the step never completes, and the embedder hears of it.
+    /// Cuts a mirror off. If that fails the embedder hears of it, and neither this step completes nor a later one that
+    /// removes anything here, until it is cut off after all.
     pub(crate) fn fence_seat(&self, seat: &mut MirrorSeat, why: &str, done: &mut Completion) {
         if !seat.fence_and_tell(why) {
-            done.set_stuck();
+            seat.sub.hold(&self.readers);
+            seat.sub.await_cut(done);
         }
     }
 

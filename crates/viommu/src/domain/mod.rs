@@ -102,7 +102,13 @@ impl Domain {
     /// See [`StepErrorKind`]. A removal itself never fails: a mirror that cannot remove is fenced.
     #[inline]
     pub fn unmap(&self, range: IovaRange) -> Result<Completion, StepError> {
-        self.one_step(|domain, state, done| domain.unmap_in(state, range, false, done).map(drop))
+        self.one_step(|domain, state, done| {
+            let count = domain.unmap_in(state, range, false, done)?;
+            if count == 0 {
+                domain.await_held(range, done);
+            }
+            Ok(())
+        })
     }
 
     /// Whatever is mapped inside `new.range` becomes `new`; parts of mappings that stick out stay. An in-place change
@@ -293,7 +299,11 @@ impl Burst<'_> {
     /// As [`Domain::unmap`].
     #[inline]
     pub fn unmap(&mut self, range: IovaRange) -> Result<usize, StepErrorKind> {
-        self.domain.unmap_in(&mut self.state, range, true, &mut self.done)
+        let count = self.domain.unmap_in(&mut self.state, range, true, &mut self.done)?;
+        if count == 0 {
+            self.domain.await_held(range, &mut self.done);
+        }
+        Ok(count)
     }
 
     /// As [`Domain::replace`].
@@ -393,6 +403,15 @@ impl DomainInner {
         self.remove_all(state, range, lazy, done)
     }
 
+    /// What is asked to be gone from `range` may be gone from the record already, and still be reached by a device that
+    /// could not be cut off.
+    #[cold]
+    fn await_held(&self, range: IovaRange, done: &mut Completion) {
+        if self.readers.leases.are_held() {
+            done.add_removal(&self.readers, None, &[range]);
+        }
+    }
+
     /// The pages of which an unmap of `range` consists, if there are any: where it ends inside a page, nothing may be
     /// mapped.
     #[cold]
@@ -420,6 +439,11 @@ impl DomainInner {
         for op in ops {
             draft.change(state, op)?;
         }
+        for op in ops {
+            if let Op::Unmap(range) = op {
+                self.await_held(*range, done);
+            }
+        }
         let planned = draft.finish(&state.writer);
         if planned.is_empty() {
             return Ok(());
@@ -432,7 +456,7 @@ impl DomainInner {
         let _callback = CallbackScope::enter();
         for range in ranges {
             let caches = state.seats.caches.iter().filter(|cache| cache.hears_steps());
-            caches.for_each(|cache| cache.invalidate(*range, done));
+            caches.for_each(|cache| cache.invalidate(*range, &self.readers, done));
         }
     }
 }

@@ -2,6 +2,7 @@
 //! with nothing to put together. All other steps, and what goes wrong here, are `apply`'s.
 
 use crate::addr::IovaRange;
+use crate::deliver::mirror::Way;
 use crate::domain::apply::Plan;
 use crate::domain::inner::{DomainInner, DomainState};
 use crate::error::StepErrorKind;
@@ -34,12 +35,19 @@ impl DomainInner {
         let vacancy = if is_simple { state.writer.vacancy(new.range) } else { None };
         let Some(vacancy) = vacancy else { return self.add_some(state, new, done) };
         self.claim(state, 1)?;
+        let mut is_to_end = false;
         {
             let _callback = CallbackScope::enter();
             for (at, seat) in state.seats.mirrors.iter_mut().enumerate() {
-                if seat.is_direct()
-                    && let Err(refused) = seat.map_one(new, done)
-                {
+                let outcome = match seat.way() {
+                    Way::Direct => seat.map_one(new, done),
+                    Way::InStep => {
+                        is_to_end = true;
+                        seat.map_in_step(new, done)
+                    }
+                    Way::Long => continue, // it hears nothing of this
+                };
+                if let Err(refused) = outcome {
                     if refused.kind == RefusalKind::Lost {
                         self.fence_seat(seat, &format!("{} is lost: {refused}", new.range), done);
                         continue;
@@ -49,6 +57,9 @@ impl DomainInner {
             }
         }
         self.publish(|| state.writer.fill_vacancy(vacancy, new));
+        if is_to_end {
+            state.commit(done);
+        }
         self.tell_observers(state, &[], core::slice::from_ref(new));
         Ok(())
     }
@@ -79,6 +90,7 @@ impl DomainInner {
         let added = core::slice::from_ref(new);
         self.totals.give_back(1);
         self.undo(state, &Plan { added, ..Plan::default() }, added, (at, 0), done);
+        state.commit(done);
         let subscription = state.seats.mirrors.get(at).map_or(0, |seat| seat.sub.id());
         StepErrorKind::Refused { subscription, refused }
     }
@@ -107,7 +119,7 @@ impl DomainInner {
             let pieces = [gone];
             let _callback = CallbackScope::enter();
             for seat in &mut seats.mirrors {
-                let outcome = if seat.is_direct() {
+                let outcome = if seat.way() == Way::Direct {
                     seat.unmap_one(page, &pieces, done, dirty)
                 } else if seat.hears_in(page) {
                     seat.remove_in_step(&pieces, done, dirty)

@@ -12,6 +12,7 @@ use crate::iommu::seating::{ReplayError, fits, join, leave, leave_one};
 use crate::iommu::unit::{Control, Unit};
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::CallbackScope;
+use crate::quiesce::space::Hold;
 use crate::subscribe::{Bound, Interest, Kinds, RefusalKind, Refused};
 use crate::sync::{Arc, lock};
 
@@ -216,14 +217,8 @@ impl Unit {
         member.attached = Some(View::Blocked);
         member.shared.publish(|sight| sight.moved_to(None));
         let binding = member.binding;
-        if let Some((number, host)) = binding.and_then(|b| Some((b, control.bindings.get_mut(&b)?))) {
-            let _callback = CallbackScope::enter();
-            if let Err(failed) = host.fence(id) {
-                done.set_stuck();
-                let why = format!("{why}; {failed}");
-                self.totals.alarm(&Incident::FenceFailed { subscription: number, endpoint: Some(id), why });
-            }
-        }
+        let cut = binding.is_none_or(|binding| self.fence_at_host(control, binding, id, why));
+        let mut holds = Vec::new();
         // Wherever the failure has left those that follow it, and the mirrors that its host was to use.
         let mut seats = Seats::default();
         for domain in control.domains.values().chain([&control.identity]) {
@@ -234,6 +229,9 @@ impl Unit {
                 let bound = state.seats.mirrors.iter().filter(|s| binding.is_some() && s.binding == binding);
                 bound.map(|s| s.sub.clone()).collect()
             };
+            if !cut && !bound.is_empty() {
+                holds.push(Hold::new(&domain.readers, id.key(), &id.to_string()));
+            }
             for sub in bound {
                 sub.forsake(id);
                 if sub.serves_nobody() {
@@ -243,7 +241,36 @@ impl Unit {
             }
         }
         put_seats(control, None, id, seats);
+        if let Some(binding) = binding.filter(|_| !cut) {
+            let uncut = control.uncut.entry(id).or_insert((binding, Vec::new()));
+            uncut.1.append(&mut holds);
+        }
         self.totals.alarm(&Incident::Blocked { endpoint: id, why: why.into() });
+    }
+
+    /// Has its host cut an endpoint off, and tells the alarm where that is news; whether it held.
+    pub(crate) fn fence_at_host(
+        &self,
+        control: &mut Control,
+        binding: u64,
+        id: EndpointId,
+        why: &str,
+    ) -> bool {
+        let Some(host) = control.bindings.get_mut(&binding) else { return true };
+        let _callback = CallbackScope::enter();
+        let (subscription, endpoint) = (binding, Some(id));
+        match host.fence(id) {
+            Ok(()) if control.let_go_of(id) => {
+                self.totals.alarm(&Incident::Fenced { subscription, endpoint, why: why.into() });
+                true
+            }
+            Ok(()) => true,
+            Err(failed) => {
+                let why = format!("{why}; {failed}");
+                self.totals.alarm(&Incident::FenceFailed { subscription, endpoint, why });
+                false
+            }
+        }
     }
 
     /// Switches the host from one shared mirror to another: made and filled before, emptied behind.
@@ -256,7 +283,7 @@ impl Unit {
         target: Option<&Arc<DomainInner>>,
         done: &mut Completion,
     ) -> Result<(), Refused> {
-        let Control { bindings, endpoints, .. } = control;
+        let Control { bindings, endpoints, .. } = &mut *control;
         let (Some(host), Some(member)) = (bindings.get_mut(&binding), endpoints.get(&id)) else {
             return Ok(());
         };
@@ -277,7 +304,7 @@ impl Unit {
                         let _callback = CallbackScope::enter();
                         host.mirror_for(target.space, id)?
                     };
-                    let sub = Sub::new(self.next_id(), None, Vec::new(), self.this.clone());
+                    let sub = Sub::new(self, None);
                     let mut seat = MirrorSeat::new(sub.clone(), Interest::MIRROR, mirror);
                     seat.binding = Some(binding);
                     self.check_produced(target, Kinds::MAP | Kinds::UNMAP)?;
@@ -316,14 +343,20 @@ impl Unit {
         if let Some(new) = &new {
             new.serve(&member.shared);
         }
+        let is_switched = matches!(ack, Ack::Done);
         if let Ack::Pending(waiting) = ack {
             let speaker = new.as_ref().or_else(|| old.as_ref().map(|(_, sub)| sub));
             if let Some(sub) = speaker {
-                done.add_ack(sub, waiting);
+                let spaces = target.into_iter().chain(source).map(|domain| domain.readers.clone());
+                done.add_ack(sub, waiting, spaces.collect());
             }
         }
         if let Some((source, old)) = &old {
             abandon(source, old, done);
+        }
+        if is_switched {
+            // Whatever it could not be cut off from.
+            control.let_go_of(id);
         }
         Ok(())
     }

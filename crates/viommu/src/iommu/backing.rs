@@ -82,7 +82,7 @@ impl Iommu {
             // Nobody but the core knows of this, so those that hear no steps are told too.
             let _callback = CallbackScope::enter();
             let deaf = state.seats.caches.iter().filter(|cache| !cache.hears_steps());
-            deaf.for_each(|cache| cache.invalidate(identity_of(extent).range, &mut done));
+            deaf.for_each(|cache| cache.invalidate(identity_of(extent).range, &identity.readers, &mut done));
         }
         drop(state);
         // Whatever was mapped to it may be in use by anybody, also where it has been unmapped since.
@@ -137,10 +137,10 @@ fn change_backing(domain: &DomainInner, backing: &Arc<Backing>, gpas: GpaRange, 
     let _callback = CallbackScope::enter();
     if domain.walker.is_some() {
         // The record need not tell all that the guest maps there.
-        state.seats.caches.iter().for_each(|cache| cache.invalidate(IovaRange::ALL, done));
+        state.seats.caches.iter().for_each(|cache| cache.invalidate(IovaRange::ALL, &domain.readers, done));
     }
     for m in touched {
-        state.seats.caches.iter().for_each(|cache| cache.invalidate(m.range, done));
+        state.seats.caches.iter().for_each(|cache| cache.invalidate(m.range, &domain.readers, done));
         let (mut old, mut new) = (Vec::new(), Vec::new());
         backed(&before, &m, &mut |piece| old.push(*piece));
         backed(&state.memory, &m, &mut |piece| new.push(*piece));

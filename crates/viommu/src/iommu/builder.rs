@@ -190,6 +190,7 @@ impl Builder {
             bindings: BTreeMap::new(),
             homes: BTreeMap::new(),
             next_set: 0,
+            uncut: BTreeMap::new(),
             retired: Vec::new(),
         };
         let unit = Arc::new_cyclic(|this| Unit {
@@ -200,7 +201,7 @@ impl Builder {
             control: Mutex::new(control),
             next_subscription: AtomicU64::new(1),
         });
-        let iommu = Iommu { unit };
+        let iommu = Iommu::new(unit);
         for extent in self.extents {
             let outcome = iommu.add_backing(extent);
             drop(outcome.map_err(|error| error.kind)?);

@@ -1,7 +1,7 @@
 //! Endpoints come and go, sets, bypass, domains end, reset.
 
 use crate::addr::IovaRange;
-use crate::deliver::Seats;
+use crate::deliver::{FENCED_AGAIN, Seats};
 use crate::domain::plan::Op;
 use crate::endpoint::{EndpointId, EndpointShared, View};
 use crate::error::{AttachError, AttachErrorKind, Cap};
@@ -33,7 +33,7 @@ pub struct Reset {
 
 impl Iommu {
     /// Takes everything back: all endpoints see the default view, all domains are gone. The devices behind are to be
-    /// stopped first.
+    /// stopped first; whoever could not be fenced before is fenced once more.
     ///
     /// # Errors
     /// See [`AttachErrorKind`]: the endpoints that refused their default view are blocked, and the reset goes on for all
@@ -51,6 +51,7 @@ impl Iommu {
             .into_iter()
             .collect();
         let mut done = Completion::ready();
+        self.unit.fence_again(&mut control, &mut done);
         let mut refused = None;
         // Bypass first, so that each endpoint moves once.
         let ids: Vec<_> = control.endpoints.iter().map(|(id, m)| (*id, m.attached)).collect();
@@ -87,6 +88,10 @@ impl Iommu {
                 done.merge(completion);
             }
         }
+        // What was in use of domains that have gone before is in it too.
+        for readers in control.retired.iter().filter(|readers| !readers.is_unused(&[IovaRange::ALL])) {
+            done.add_removal(readers, None, &[IovaRange::ALL]);
+        }
         match refused {
             None => Ok(Reset { completion: done, inside }),
             Some(kind) => Err(AttachError { kind, blocked: Vec::new(), completion: done }),
@@ -108,6 +113,25 @@ fn sets_of(control: &Control, ids: &[EndpointId]) -> Vec<Vec<EndpointId>> {
 }
 
 impl Unit {
+    /// Tries once more to cut off whoever could not be, since devices have been stopped. `done` is not over before they
+    /// are.
+    fn fence_again(&self, control: &mut Control, done: &mut Completion) {
+        for domain in control.spaces() {
+            lock(&domain.state).seats.fence_again(done);
+        }
+        for member in control.endpoints.values_mut() {
+            member.parked.fence_again(done);
+        }
+        let uncut: Vec<_> = control.uncut.iter().map(|(id, (binding, _))| (*id, *binding)).collect();
+        for (id, binding) in uncut {
+            if !self.fence_at_host(control, binding, id, FENCED_AGAIN)
+                && let Some((_, holds)) = control.uncut.get(&id)
+            {
+                holds.iter().for_each(|h| done.add_removal(&h.space, Some(id.key()), &[IovaRange::ALL]));
+            }
+        }
+    }
+
     pub(crate) fn add_endpoint(&self, id: EndpointId, config: EndpointConfig) -> Result<(), AttachErrorKind> {
         let mut control = lock(&self.control);
         if control.endpoints.contains_key(&id) {
@@ -236,7 +260,8 @@ impl Unit {
         {
             // Where the guest's tables counted, the record need not know what caches hold; device TLBs have heard nothing.
             let _callback = CallbackScope::enter();
-            state.seats.caches.iter().for_each(|cache| cache.invalidate(IovaRange::ALL, &mut done));
+            let caches = state.seats.caches.iter();
+            caches.for_each(|cache| cache.invalidate(IovaRange::ALL, &domain.readers, &mut done));
         }
         done.add_removal(&domain.readers, None, &[IovaRange::ALL]);
         state.dead = true;

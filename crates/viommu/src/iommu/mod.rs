@@ -3,6 +3,7 @@
 mod attach;
 mod backing;
 mod builder;
+mod ending;
 mod members;
 pub(crate) mod seating;
 mod subscribing;
@@ -15,6 +16,7 @@ use crate::domain::Domain;
 use crate::domain::inner::Tables;
 use crate::endpoint::{EndpointId, Region, View};
 use crate::error::{AttachError, AttachErrorKind, Cap};
+use crate::iommu::ending::Owned;
 use crate::iommu::unit::Unit;
 use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::StepScope;
@@ -28,11 +30,16 @@ pub use subscribing::{BindingHandle, FillError, Subscription};
 
 /// A virtual IOMMU: the one true record of which memory each device may reach. A handle; clones name the same unit.
 ///
+/// The unit ends with the last of its handles, of which every [`Endpoint`] and every [`Subscription`] has one: endpoints
+/// that a binding switches are taken away as by [`Endpoint::remove`], and whoever is subscribed still is emptied and
+/// dropped. What a [`Reader`] sees and the record of a [`Domain`] stay as long as those do, with nobody else to hear of
+/// them.
+///
 /// Lock order: the unit's lock, then a domain's, then a subscriber's, then those of readers; none of them is held
 /// while anything is waited for. Mirrors, caches and observers are called with the first two or three held.
 #[derive(Clone)]
 pub struct Iommu {
-    pub(crate) unit: Arc<Unit>,
+    pub(crate) unit: Arc<Owned>,
 }
 
 impl fmt::Debug for Iommu {
@@ -54,6 +61,10 @@ pub struct EndpointConfig {
 }
 
 impl Iommu {
+    fn new(unit: Arc<Unit>) -> Self {
+        Self { unit: Arc::new(Owned(unit)) }
+    }
+
     /// Starts to make one.
     #[must_use]
     pub fn builder() -> Builder {

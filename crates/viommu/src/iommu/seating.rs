@@ -93,7 +93,7 @@ pub(crate) fn join(
         .chain(seats.observers.iter().map(|s| s.sub.id()))
         .collect();
     for seat in &mut seats.mirrors {
-        seat.arrive(clip_to(domain, &seat.lens, regions), domain.is_refusable());
+        seat.arrive(&domain.readers, clip_to(domain, &seat.lens, regions), domain.is_refusable());
     }
     let was_here = {
         let mut state = lock(&domain.state);
@@ -248,10 +248,16 @@ pub(crate) fn leave_one(domain: &DomainInner, id: u64, done: &mut Completion) ->
     seats
 }
 
-fn dismiss(domain: &DomainInner, state: &mut DomainState, seats: &mut Seats, done: &mut Completion) {
+/// Empties the mirrors of those who have been taken from `domain`, and tells the caches to drop everything.
+pub(crate) fn dismiss(
+    domain: &DomainInner,
+    state: &mut DomainState,
+    seats: &mut Seats,
+    done: &mut Completion,
+) {
     seats.mirrors.iter_mut().for_each(|seat| empty(domain, state, seat, done));
     let _callback = CallbackScope::enter();
-    seats.caches.iter().for_each(|cache| cache.invalidate(IovaRange::ALL, done));
+    seats.caches.iter().for_each(|cache| cache.invalidate(IovaRange::ALL, &domain.readers, done));
 }
 
 #[cfg(all(test, not(any(loom, shuttle))))]
@@ -305,7 +311,8 @@ mod tests {
         domain.map(map(5, 5, 5)).unwrap().wait().unwrap();
         // One that is in the middle of its replay, behind the first mapping; one that refuses.
         let held = Arc::new(Mutex::new((vec![map(0, 5, 0)], false)));
-        let sub = crate::deliver::Sub::new(77, None, Vec::new(), iommu.unit.this.clone());
+        let sub = crate::deliver::Sub::new(&iommu.unit, None);
+        let id = sub.id();
         let mut seat = MirrorSeat::new(sub, Interest::MIRROR, Box::new(Holder(held.clone())));
         seat.advance(Some(Iova(5 << 12)));
         seat.counts.held = 1;
@@ -316,7 +323,7 @@ mod tests {
         refuser.lock().unwrap().1 = true;
         domain.replace(map(3, 4, 100)).unwrap_err();
         let mut done = Completion::ready();
-        replay(&domain.0, 77, &mut done).unwrap();
+        replay(&domain.0, id, &mut done).unwrap();
         let mut now = held.lock().unwrap().0.clone();
         now.sort();
         assert_eq!(now, [map(0, 5, 0), map(5, 5, 5)]);

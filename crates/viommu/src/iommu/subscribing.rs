@@ -152,7 +152,7 @@ impl Endpoint {
         let mine = |cache: &&Arc<CacheSeat>| cache.sub.endpoint() == Some(self.id);
         for cache in state.seats.caches.iter().filter(mine) {
             if cache.interest.kinds.contains(Kinds::DEVICE_TLB) {
-                cache.invalidate(range, &mut done);
+                cache.invalidate(range, &domain.readers, &mut done);
             }
         }
         drop(state);
@@ -236,7 +236,7 @@ impl Iommu {
             Home::Endpoint(id) => Some(id),
             Home::Space(_) => None,
         };
-        let sub = Sub::new(self.unit.next_id(), endpoint, Vec::new(), self.unit.this.clone());
+        let sub = Sub::new(&self.unit, endpoint);
         let mut subscription = Subscription {
             iommu: self.clone(),
             sub: sub.clone(),

@@ -44,6 +44,9 @@ impl Subscription {
 
     /// Ends it: a mirror is emptied, a cache told to drop everything. Resolves when the subscriber has acknowledged.
     /// Waits for a running callback of another thread; inside a callback it takes effect after the step.
+    ///
+    /// One that could not be fenced is fenced once more before it goes. If that fails too, what it may hold is in use for
+    /// good.
     pub fn leave(mut self) -> Completion {
         self.close()
     }
@@ -215,7 +218,7 @@ impl Subscription {
         let Some(domain) = domain_of(&control, home) else { return Ok(done) };
         if let Some(cache) = &self.cache {
             let _callback = CallbackScope::enter();
-            cache.invalidate(IovaRange::ALL, &mut done);
+            cache.invalidate(IovaRange::ALL, &domain.readers, &mut done);
             return Ok(done);
         }
         {

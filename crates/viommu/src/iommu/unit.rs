@@ -9,7 +9,6 @@ use crate::deliver::Seats;
 use crate::domain::inner::{DomainInner, DomainState, Line, Tables};
 use crate::endpoint::{EndpointId, EndpointShared, Region, Sight, View};
 use crate::error::{AttachErrorKind, Cap, Incident};
-use crate::quiesce::completion::Completion;
 use crate::quiesce::scope::{CallbackScope, StepScope};
 use crate::quiesce::space;
 use crate::reader::FaultSink;
@@ -96,6 +95,8 @@ pub(crate) struct Control {
     /// Where each subscription hangs.
     pub(crate) homes: BTreeMap<u64, Home>,
     pub(crate) next_set: u64,
+    /// Endpoints that their hosts (bindings) could not cut off, and where their devices may still reach something.
+    pub(crate) uncut: BTreeMap<EndpointId, (u64, Vec<space::Hold>)>,
     /// The readers of domains that are gone, as long as one of them may be inside.
     pub(crate) retired: Vec<Arc<space::Space>>,
 }
@@ -171,30 +172,16 @@ pub(crate) fn make_domain(
 }
 
 impl Unit {
-    /// Fences a subscriber whose pending ack came back as a failure. `false`: it could not be fenced.
-    pub(crate) fn fence(&self, id: u64, why: &str) -> bool {
+    /// Fences a subscriber whose pending ack came back as a failure.
+    pub(crate) fn fence(&self, id: u64, why: &str) {
         let _scope = StepScope::enter();
         let mut control = lock(&self.control);
-        let mut done = Completion::ready();
-        let mut fence = |domain: &Arc<DomainInner>, seats: &mut Seats| {
-            let _callback = CallbackScope::enter();
-            for seat in seats.mirrors.iter_mut().filter(|s| s.sub.id() == id) {
-                domain.fence_seat(seat, why, &mut done);
-            }
-            for cache in seats.caches.iter().filter(|c| c.sub.id() == id) {
-                if !cache.fence_and_tell(why) {
-                    done.set_stuck();
-                }
-            }
-        };
-        for domain in control.domains.values().chain([&control.identity]) {
-            fence(domain, &mut lock(&domain.state).seats);
+        for domain in control.spaces() {
+            lock(&domain.state).seats.fence_and_tell(id, why, Some(&domain.readers));
         }
-        let Control { endpoints, identity, .. } = &mut *control;
-        for member in endpoints.values_mut() {
-            fence(identity, &mut member.parked);
+        for member in control.endpoints.values_mut() {
+            member.parked.fence_and_tell(id, why, None);
         }
-        !done.is_stuck()
     }
 
     /// Asks the model for `more` besides what it has been asked for. Who does not come after all is told by
@@ -248,6 +235,14 @@ impl Unit {
 }
 
 impl Control {
+    /// An endpoint that its host could not cut off reaches nothing any more; whether there was one.
+    pub(crate) fn let_go_of(&mut self, id: EndpointId) -> bool {
+        let uncut = self.uncut.remove(&id);
+        let was_uncut = uncut.is_some();
+        uncut.into_iter().flat_map(|(_, holds)| holds).for_each(space::Hold::end);
+        was_uncut
+    }
+
     /// What the endpoint sees when the guest has asked for nothing.
     pub(crate) fn default_view(&self) -> View {
         if self.bypass { View::Identity } else { View::Blocked }

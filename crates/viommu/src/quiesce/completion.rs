@@ -38,17 +38,23 @@ const SPINS: u32 = if cfg!(shuttle) { 1 } else { 100 };
 pub struct Completion(Option<Box<Work>>);
 
 struct Work {
-    acks: Vec<(Arc<Sub>, Waiting)>,
+    acks: Vec<Awaited>,
     /// The units whose subscribers are awaited: each counts this completion as outstanding.
     units: Vec<Arc<Totals>>,
     places: Vec<Place>,
     phase: Phase,
     /// Those that have left and have not acknowledged all: still there to be fenced.
     leaving: StdMutex<Seats>,
-    /// A fence did not hold: this never resolves.
-    stuck: bool,
     /// When it was first found pending.
     since: Option<Instant>,
+}
+
+/// A consumer's answer.
+struct Awaited {
+    sub: Arc<Sub>,
+    waiting: Waiting,
+    /// Where the call was made: what it was to take away there may be in use if it fails.
+    spaces: Vec<Arc<Space>>,
 }
 
 enum Phase {
@@ -56,7 +62,7 @@ enum Phase {
     Acks,
     /// Waiting for the guards that were inside at the reading.
     Guards(Grace),
-    /// Waiting for leases.
+    /// Waiting for leases, and for whoever could not be cut off.
     Leases(Vec<Arc<Lent>>),
 }
 
@@ -107,7 +113,8 @@ pub enum WaitError {
     /// Time is up. The embedder chooses: wait on, reset the device, stop the virtual machine.
     #[error("not complete in time: {} blockers", .0.len())]
     TimedOut(Vec<Blocker>),
-    /// A device could not be fenced: this never resolves, and the virtual machine must be stopped.
+    /// A device could not be fenced: the virtual machine must be stopped. This resolves only if the device is cut off
+    /// after all.
     #[error("a device could not be fenced")]
     FenceFailed,
 }
@@ -129,40 +136,37 @@ impl Completion {
             let phase = Phase::Acks;
             let leaving = StdMutex::default();
             let (acks, places, units) = (Vec::new(), Vec::new(), Vec::new());
-            Box::new(Work { acks, places, units, phase, leaving, stuck: false, since: None })
+            Box::new(Work { acks, places, units, phase, leaving, since: None })
         })
     }
 
-    /// Something was taken away in `space`. To be called before the first poll.
+    /// Something was taken away in `space`; `endpoint`: by this one leaving. To be called before the first poll.
     pub(crate) fn add_removal(&mut self, space: &Arc<Space>, endpoint: Option<u64>, ranges: &[IovaRange]) {
         self.work().add(space, endpoint, ranges);
     }
 
-    pub(crate) fn add_ack(&mut self, sub: &Arc<Sub>, waiting: Waiting) {
+    /// `sub` will answer to a call that was made in `spaces`.
+    pub(crate) fn add_ack(&mut self, sub: &Arc<Sub>, waiting: Waiting, spaces: Vec<Arc<Space>>) {
         let work = self.work();
-        if let Some(totals) = sub.totals()
-            && !work.units.iter().any(|unit| Arc::ptr_eq(unit, &totals))
-        {
-            totals.outstanding.fetch_add(1, Ordering::Relaxed);
-            work.units.push(totals);
+        if !work.units.iter().any(|unit| Arc::ptr_eq(unit, &sub.totals)) {
+            sub.totals.outstanding.fetch_add(1, Ordering::Relaxed);
+            work.units.push(sub.totals.clone());
         }
-        work.acks.push((sub.clone(), waiting));
+        work.acks.push(Awaited { sub: sub.clone(), waiting, spaces });
     }
 
-    /// Lets go of those that have left: at once, or when they have acknowledged all that is awaited of them.
+    /// Lets go of those that have left: at once, or when they have acknowledged all that is awaited of them. Whoever
+    /// could not be cut off is tried once more before.
     pub(crate) fn let_go(&mut self, mut seats: Seats) {
+        seats.fence_again(self);
         let acks = self.0.as_ref().map_or(&[][..], |work| &work.acks);
-        let owes = |sub: &Sub| !sub.is_fenced() && acks.iter().any(|(owing, _)| owing.id() == sub.id());
+        let owes = |sub: &Sub| !sub.is_fenced() && acks.iter().any(|ack| ack.sub.id() == sub.id());
         let owing = seats.take_if(owes);
         if !owing.is_empty() {
             lock_std(&self.work().leaving).append(owing);
         }
         let _callback = CallbackScope::enter();
         drop(seats);
-    }
-
-    pub(crate) fn set_stuck(&mut self) {
-        self.work().stuck = true;
     }
 
     /// Both as one. The guards are read once for the two, at the next poll.
@@ -183,7 +187,6 @@ impl Completion {
                 ours.units.push(unit);
             }
         }
-        ours.stuck |= theirs.stuck;
         ours.since = [ours.since, theirs.since].into_iter().flatten().min();
         lock_std(&ours.leaving).append(core::mem::take(&mut lock_std(&theirs.leaving)));
         other.0 = None;
@@ -194,10 +197,12 @@ impl Completion {
         self.advance(None)
     }
 
-    /// Whether it can never resolve since a device could not be fenced.
+    /// Whether it cannot resolve since a device could not be fenced that may still reach what was taken away. Should the
+    /// device be cut off after all ([`Iommu::reset`](crate::Iommu::reset),
+    /// [`Subscription::leave`](crate::Subscription::leave)), it goes on.
     #[must_use]
     pub fn is_stuck(&self) -> bool {
-        self.0.as_ref().is_some_and(|work| work.stuck)
+        self.0.as_ref().is_some_and(|work| !work.holds().is_empty())
     }
 
     fn advance(&mut self, waker: Option<&Waker>) -> bool {
@@ -232,7 +237,7 @@ impl Completion {
     ///
     /// # Errors
     /// [`WaitError::HoldingGuard`], [`WaitError::InCallback`]: at once, nothing has been waited for.
-    /// [`WaitError::FenceFailed`]: it never will be over.
+    /// [`WaitError::FenceFailed`]: nothing but a fence that holds after all would end it.
     pub fn wait(mut self) -> Result<(), WaitError> {
         self.wait_until(None)
     }
@@ -313,29 +318,40 @@ impl Work {
         self.places.push(Place { space: space.clone(), endpoint, ranges: ranges.to_vec() });
     }
 
+    /// Those who could not be cut off, as far as they hold this up.
+    fn holds(&self) -> Vec<Arc<Lent>> {
+        let mut lent = match &self.phase {
+            Phase::Leases(leases) => leases.clone(),
+            // Not looked for yet.
+            _ => {
+                let meeting = |place: &Place| place.space.leases.meeting(&place.ranges, place.endpoint);
+                self.places.iter().flat_map(meeting).collect()
+            }
+        };
+        lent.retain(|lent| lent.is_hold && !lent.is_over());
+        lent
+    }
+
     fn advance(&mut self, waker: Option<&Waker>, may_fence: bool) -> bool {
-        if self.stuck {
-            return false;
-        }
         loop {
             match &mut self.phase {
                 Phase::Acks => {
-                    while let Some((sub, waiting)) = self.acks.last_mut() {
-                        match waiting.poll(waker) {
-                            None => return false,
-                            Some(true) => {}
-                            Some(false) if !may_fence => return false,
-                            Some(false) => {
-                                let why = "a call was answered with a failure";
-                                let left = lock_std(&self.leaving).fence_and_tell(sub.id(), why);
-                                let fenced = left.unwrap_or_else(|| sub.fence(why));
-                                if !fenced {
-                                    self.stuck = true;
-                                    return false;
+                    while let Some(ack) = self.acks.last_mut() {
+                        let outcome = ack.waiting.poll(waker);
+                        if outcome.is_none() || outcome == Some(false) && !may_fence {
+                            return false;
+                        }
+                        let failed = self.acks.pop().filter(|_| outcome == Some(false));
+                        if let Some(Awaited { sub, spaces, .. }) = failed {
+                            let why = "a call was answered with a failure";
+                            let left = lock_std(&self.leaving).fence_and_tell(sub.id(), why, None);
+                            if !left.unwrap_or_else(|| sub.fence(why)) {
+                                for space in spaces {
+                                    sub.hold(&space);
+                                    self.add(&space, Some(sub.key()), &[IovaRange::ALL]);
                                 }
                             }
                         }
-                        self.acks.pop();
                     }
                     let mut grace = Grace::default();
                     for place in &self.places {
@@ -375,11 +391,15 @@ impl Work {
         let age = self.since.map_or(Duration::ZERO, |since| since.elapsed());
         let blocker = |endpoint, label: &str, kind| Blocker { endpoint, label: label.into(), kind, age };
         let mut blockers = Vec::new();
-        if self.stuck {
-            blockers.push(blocker(None, "fence", BlockerKind::FenceFailed));
+        for lent in self.holds() {
+            blockers.push(blocker(
+                EndpointId::from_key(lent.endpoint),
+                &lent.label,
+                BlockerKind::FenceFailed,
+            ));
         }
-        for (sub, _) in &self.acks {
-            blockers.push(blocker(sub.endpoint(), &format!("subscription {}", sub.id()), BlockerKind::Ack));
+        for Awaited { sub, .. } in &self.acks {
+            blockers.push(blocker(sub.endpoint(), &sub.label(), BlockerKind::Ack));
         }
         match &self.phase {
             Phase::Acks => {}
@@ -387,7 +407,7 @@ impl Work {
                 blocker(EndpointId::from_key(slot.endpoint), &slot.label, BlockerKind::Guard)
             })),
             Phase::Leases(leases) => {
-                blockers.extend(leases.iter().map(|lent| {
+                blockers.extend(leases.iter().filter(|lent| !lent.is_hold).map(|lent| {
                     blocker(EndpointId::from_key(lent.endpoint), &lent.label, BlockerKind::Lease)
                 }))
             }
@@ -460,8 +480,11 @@ impl Drop for Completion {
             // Whoever has to be fenced can only be fenced when this thread holds no lock.
             let rest = Self(self.0.take());
             after_the_step(move || drop(rest));
-        } else if !self.advance(None) && !self.is_stuck() {
-            dropped_pending();
+        } else if !self.advance(None) {
+            // Of what is stuck the embedder knows already.
+            if !self.is_stuck() {
+                dropped_pending();
+            }
             self.abandon();
         }
     }
@@ -485,7 +508,7 @@ pub(crate) fn dropped() -> u64 {
 impl Future for Completion {
     type Output = ();
 
-    /// Stays pending for ever when a device could not be fenced ([`Completion::is_stuck`]).
+    /// Stays pending while a device could not be fenced ([`Completion::is_stuck`]).
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         if self.advance(Some(cx.waker())) { Poll::Ready(()) } else { Poll::Pending }
     }

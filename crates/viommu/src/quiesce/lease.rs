@@ -25,6 +25,8 @@ pub(crate) struct Lent {
     pub(crate) range: IovaRange,
     pub(crate) endpoint: u64,
     pub(crate) label: Box<str>,
+    /// No lease: who could not be cut off.
+    pub(crate) is_hold: bool,
     state: Mutex<State>,
 }
 
@@ -44,7 +46,19 @@ impl Leases {
         revoke: Box<dyn FnOnce() + Send>,
     ) -> u64 {
         let state = State { ended: false, revoke: Some(revoke), waiters: Vec::new() };
-        let lent = Arc::new(Lent { range, endpoint, label: label.into(), state: Mutex::new(state) });
+        self.insert(Lent { range, endpoint, label: label.into(), is_hold: false, state: Mutex::new(state) })
+    }
+
+    /// As a lease of everything that is not given back on request: whatever is removed from now on is in use until
+    /// [`Leases::end`].
+    pub(crate) fn hold(&self, endpoint: u64, label: &str) -> u64 {
+        let state = State { ended: false, revoke: None, waiters: Vec::new() };
+        let (range, state) = (IovaRange::ALL, Mutex::new(state));
+        self.insert(Lent { range, endpoint, label: label.into(), is_hold: true, state })
+    }
+
+    fn insert(&self, lent: Lent) -> u64 {
+        let lent = Arc::new(lent);
         let mut set = lock(&self.set);
         let id = set.next;
         set.next = id.wrapping_add(1);
@@ -76,6 +90,11 @@ impl Leases {
             endpoint.is_none_or(|e| e == lent.endpoint) && ranges.iter().any(|r| r.overlaps(lent.range))
         };
         set.live.values().filter(meets).cloned().collect()
+    }
+
+    /// Whether anybody could not be cut off.
+    pub(crate) fn are_held(&self) -> bool {
+        self.meeting(&[IovaRange::ALL], None).iter().any(|lent| lent.is_hold)
     }
 }
 

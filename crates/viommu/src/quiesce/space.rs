@@ -15,6 +15,26 @@ pub(crate) struct Space {
     pub(crate) outstanding: AtomicUsize,
 }
 
+/// An address space in which a device that could not be cut off may still reach what was mapped. Dropped, it stays so
+/// for good.
+#[must_use = "it does not end by itself"]
+pub(crate) struct Hold {
+    pub(crate) space: Arc<Space>,
+    id: u64,
+}
+
+impl Hold {
+    /// `endpoint`: whose leaving is held up too.
+    pub(crate) fn new(space: &Arc<Space>, endpoint: u64, label: &str) -> Self {
+        Self { space: space.clone(), id: space.leases.hold(endpoint, label) }
+    }
+
+    /// The device has been cut off.
+    pub(crate) fn end(self) {
+        self.space.leases.end(self.id);
+    }
+}
+
 struct Member {
     slot: Arc<Slot>,
     /// The stay during which the reader's endpoint left: it may still use what it translated here.

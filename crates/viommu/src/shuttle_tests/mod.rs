@@ -3,6 +3,7 @@
 //! Pages of guest memory are never used twice, so that the oracle is simple: a page is let go when the completion of
 //! what took it away has resolved, and whoever uses it after that has failed.
 
+mod endings;
 mod moves;
 mod nodes;
 mod peers;

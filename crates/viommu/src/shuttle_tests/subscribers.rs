@@ -19,7 +19,7 @@ fn steps(mut driver: Driver<3>, count: usize) -> thread::JoinHandle<Driver<3>> {
     })
 }
 
-fn any_reach() -> Reach {
+pub(super) fn any_reach() -> Reach {
     let apertures = match roll(2) {
         0 => vec![IovaRange::ALL],
         // Not plain: extents go through the lens.

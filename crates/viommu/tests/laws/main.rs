@@ -2,6 +2,7 @@
 #![expect(unreachable_pub, reason = "modules shared with the fuzz target, and words shared by tests")]
 
 mod backing;
+mod ending;
 mod endpoints;
 #[path = "../../src/fuzzing/mod.rs"]
 mod fuzzing;
@@ -12,4 +13,5 @@ mod quiescence;
 mod subscribe;
 mod support;
 mod transactions;
+mod uncut;
 mod vectors;

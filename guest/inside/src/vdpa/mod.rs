@@ -53,6 +53,15 @@ pub(crate) fn run(seed: &str) -> Result<(), Box<dyn Error>> {
     fence(&card)
 }
 
+/// Makes a device of a simulator, for another program.
+///
+/// # Errors
+///
+/// If there is no such simulator.
+pub(crate) fn add(kind: &str) -> Result<(), Box<dyn Error>> {
+    device(kind, "added").map(drop)
+}
+
 fn say(part: &str, words: &str) {
     println!("@@VDPA {part}: {words}");
 }

@@ -2,6 +2,7 @@
 //! guest's kernel is their host, and the IOMMU that it programs is one of QEMU's own.
 
 pub(super) mod iommufd;
+pub(super) mod replay;
 pub(super) mod type1;
 pub(super) mod vdpa;
 pub(super) mod vhost;
@@ -80,6 +81,11 @@ impl Program<'_> {
     ///
     /// If QEMU cannot be started.
     pub(super) fn start(&self, run: &Run<'_>) -> anyhow::Result<Vm> {
+        run.start(&self.config(), self.unit.name())
+    }
+
+    /// The machine that runs it.
+    fn config(&self) -> Config {
         let modules = [self.unit.module(), self.modules].concat();
         let append = format!(
             "{} modules={} vfio={} words={}",
@@ -91,9 +97,7 @@ impl Program<'_> {
         let config = Config::new("consumers").append(&append);
         let processors = self.processors;
         let config = Config { limit: LIMIT + Duration::from_secs(60), processors, ..config };
-        let config =
-            config.arguments(["-device", self.unit.device()]).arguments(self.devices.iter().copied());
-        run.start(&config, self.unit.name())
+        config.arguments(["-device", self.unit.device()]).arguments(self.devices.iter().copied())
     }
 
     /// Runs it to its end.

@@ -87,7 +87,8 @@ pub(crate) struct ProxyFunction {
 struct Way {
     client: Client,
     handle: Handle,
-    subscription: Subscription,
+    /// None once the device is gone for good.
+    subscription: Option<Subscription>,
     bars: [u64; 6],
     config: u64,
     files: Vec<(Region, RegionFile)>,
@@ -136,7 +137,7 @@ impl ProxyFunction {
         // It has no windows yet: what the endpoint sees is replayed.
         let (mirror, handle) = client.mirror(self.windows.with_read_only(), MirrorOptions::default());
         let subscription = self.endpoint.subscribe_mirror(Box::new(mirror), Interest::MIRROR)?;
-        Ok(Way { client, handle, subscription, bars, config, files, irqs })
+        Ok(Way { client, handle, subscription: Some(subscription), bars, config, files, irqs })
     }
 
     /// Says what went wrong; a device that answers no more would say it often.
@@ -255,7 +256,9 @@ impl Function for ProxyFunction {
         self.upstream.lock().now = None;
         let Some(Way { client, subscription, .. }) = self.way.take() else { return };
         // The device gives back what it has, and then is reset by the end of its connection.
-        unit::wait(subscription.leave(), "a device that is given up");
+        if let Some(subscription) = subscription {
+            unit::wait(subscription.leave(), "a device that is given up");
+        }
         if !client.close("the virtual machine monitor has gone") {
             tracing::warn!("{}={}: it has not closed the connection", self.address, self.socket.display());
         }
@@ -283,6 +286,14 @@ impl Function for ProxyFunction {
                 self.address,
                 self.socket.display()
             );
+        }
+        // One that could not be fenced before has closed its end after all: what was held up by it goes on.
+        if let Some(way) = &mut self.way
+            && way.subscription.as_ref().is_some_and(Subscription::is_fenced)
+            && way.client.close("the device is gone")
+            && let Some(subscription) = way.subscription.take()
+        {
+            unit::wait(subscription.leave(), "a device that is gone");
         }
     }
 }

@@ -14,7 +14,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::args::Model;
-use crate::judge::{Judge, Options, Read, Summary};
+use crate::judge::{Judge, Options, Read, Reals, Summary};
 
 type Memory = Arc<GuestMemoryMmap>;
 
@@ -155,7 +155,8 @@ impl Guest {
 
 pub(super) fn replay(history: &[u8], model: Model) -> Summary {
     let mut history = History::from_reader(Cursor::new(history.to_vec()), "recorded").unwrap();
-    let mut judge = Judge::new(Options { model, ..Options::default() }, history.format(), None).unwrap();
+    let mut judge =
+        Judge::new(Options { model, ..Options::default() }, Reals::none(), history.format(), None).unwrap();
     while let Some(entry) = history.next().unwrap() {
         judge.take(&entry);
     }

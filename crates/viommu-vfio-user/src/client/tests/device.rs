@@ -163,6 +163,31 @@ fn device_when_asked_says_what_it_has() {
 }
 
 #[test]
+fn region_with_areas_when_asked_without_room_for_them_says_how_much_it_takes() {
+    use crate::spec::{Command, RegionFlags, RegionInfo};
+    use zerocopy::{FromBytes as _, IntoBytes as _};
+    let Ours { client, .. } = ours();
+    // As QEMU asks first; it refuses a region that says CAPS and does not say where.
+    let words = |argsz: u32| [argsz, 0, 0, 0, 0, 0, 0, 0];
+    let mut connection = client.connection();
+    let mut ask = |argsz: u32| {
+        let reply = connection.call(
+            Command::DEVICE_GET_REGION_INFO,
+            &[words(argsz).as_bytes()],
+            &[],
+            (32, argsz.try_into().unwrap()),
+        );
+        let reply = reply.unwrap();
+        let (info, _) = RegionInfo::read_from_prefix(&reply.payload).unwrap();
+        let caps = info.flags.get() & RegionFlags::CAPS.bits() != 0;
+        (reply.payload.len(), reply.fds.len(), info.argsz.get(), caps, info.cap_offset.get())
+    };
+    assert_eq!(ask(32), (32, 0, 80, false, 0));
+    assert_eq!(ask(79), (32, 0, 80, false, 0));
+    assert_eq!(ask(80), (80, 1, 80, true, 32));
+}
+
+#[test]
 fn registers_when_written_are_read_back_also_in_pieces() {
     let Ours { client, log, .. } = ours();
     let data: Vec<u8> = (0..0x1ff00_u32).map(|n| (n % 251) as u8).collect();

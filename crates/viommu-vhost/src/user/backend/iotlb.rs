@@ -141,12 +141,13 @@ impl Iotlb {
     pub(super) fn set_table(&self, table: Table) -> Result<(), BackendError> {
         let memory = table.memory().map_err(BackendError::Table)?;
         self.flush()?;
-        for extent in self.iommu.backing() {
-            self.settle(self.iommu.remove_backing(extent.range).map_err(BackendError::step)?)?;
-        }
+        // Before the wait for those who may be inside: who begins during it has the new memory already.
         match self.memory.lock() {
             Ok(guard) => guard.replace(memory),
             Err(poisoned) => poisoned.into_inner().replace(memory),
+        }
+        for extent in self.iommu.backing() {
+            self.settle(self.iommu.remove_backing(extent.range).map_err(BackendError::step)?)?;
         }
         for (start, bytes) in table.ranges() {
             let range =

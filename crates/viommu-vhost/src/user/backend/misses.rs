@@ -185,34 +185,32 @@ impl Misses {
         for miss in wanted {
             outcomes.push(state.ask(*miss)?);
         }
-        loop {
+        let outcome = loop {
             if state.closed {
-                return Err(MissError::Closed);
+                break Err(MissError::Closed);
             }
-            let mut all = true;
-            for outcome in &outcomes {
-                match outcome.load(Ordering::Acquire) {
-                    REFUSED => return Err(MissError::Refused),
-                    ANSWERED => {}
-                    _ => all = false,
-                }
+            let is = |wanted| move |outcome: &Arc<AtomicU8>| outcome.load(Ordering::Acquire) == wanted;
+            if outcomes.iter().any(is(REFUSED)) {
+                break Err(MissError::Refused);
             }
-            if all {
-                return Ok(());
+            if outcomes.iter().all(is(ANSWERED)) {
+                break Ok(());
             }
             if state.stops != stops || in_guard && state.removals > 0 {
-                return Err(MissError::Interrupted);
+                break Err(MissError::Interrupted);
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                if !state.replies {
-                    // Nothing else would remove them.
-                    state.sent.retain(|sent| !outcomes.iter().any(|own| Arc::ptr_eq(own, &sent.outcome)));
-                }
-                return Err(MissError::TimedOut);
+                break Err(MissError::TimedOut);
             }
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        };
+        drop(outcomes);
+        if outcome.is_err() && !state.replies {
+            // Nothing else would remove what nobody waits for any more.
+            state.sent.retain(|sent| Arc::strong_count(&sent.outcome) > 1);
         }
+        outcome
     }
 }
 
@@ -250,5 +248,25 @@ impl Drop for Removal<'_> {
     fn drop(&mut self) {
         let mut state = self.0.state();
         state.removals = state.removals.saturating_sub(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn miss_without_answers_when_given_up_is_asked_for_again() {
+        let misses = Misses::default();
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        misses.connect(Arc::new(ours), false);
+        let wanted = [Miss::at(Iova(0x1000), Access::READ)];
+        let removal = misses.removal();
+        assert_eq!(misses.fetch(&wanted, true, Instant::now()), Err(MissError::Interrupted));
+        drop(removal);
+        // The front end may have looked at it when nothing was there, and says nothing of that.
+        assert_eq!(misses.fetch(&wanted, true, Instant::now()), Err(MissError::TimedOut));
+        assert_eq!(misses.count(), 2);
+        assert!(misses.state().sent.is_empty());
     }
 }

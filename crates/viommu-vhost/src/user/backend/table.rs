@@ -159,6 +159,10 @@ impl Table {
     }
 
     pub(super) fn memory(&self) -> Result<GuestMemoryMmap, TableError> {
+        // The last region may go too; vm-memory takes a list of none for a mistake.
+        if self.0.is_empty() {
+            return Ok(GuestMemoryMmap::new());
+        }
         Ok(GuestMemoryMmap::from_arc_regions(self.0.iter().map(|region| region.memory.clone()).collect())?)
     }
 

@@ -50,7 +50,7 @@ pub use self::peer::Peer;
 const BATCH: usize = 64;
 /// Times that all sockets are looked at in one call: a peer may send without end.
 const ROUNDS: usize = 16;
-/// MISSes that wait for the answer to their UPDATE.
+/// Answers that wait: for that to the UPDATE of their MISS, or behind another.
 const MAX_MISSES: usize = 1 << 12;
 
 /// Why the connection is over; it is closed.
@@ -120,8 +120,15 @@ struct Incoming {
     channel_sent: bool,
     features: u64,
     protocol: u64,
-    /// MISSes to be answered when so many IOTLB messages have been answered, and the failures before.
-    misses: VecDeque<(u64, u64, Message)>,
+    /// In the order of the back end's messages: nothing else says which answer is whose.
+    answers: VecDeque<Answer>,
+}
+
+/// An answer on the back end's channel. Of the message that it is for, nothing is kept.
+struct Answer {
+    message: Message,
+    /// It goes when so many IOTLB messages have been answered, and says "failed" if more than so many have failed.
+    after: Option<(u64, u64)>,
 }
 
 impl std::fmt::Debug for Frontend {
@@ -277,7 +284,7 @@ impl Frontend {
                 took = took.saturating_add(1);
                 self.on_request(incoming, message, subscription)?;
             }
-            self.answer_misses(incoming)?;
+            self.send_answers(incoming)?;
             if took == 0 {
                 break;
             }
@@ -394,27 +401,26 @@ impl Frontend {
             state.counts.misses_refused = state.counts.misses_refused.saturating_add(1);
         }
         drop(state);
-        if !given {
-            return self.answer_back(incoming, &message, 1);
+        if given {
+            self.answer_later(incoming, &message, 0, Some((sent, before.1)))
+        } else {
+            self.answer_back(incoming, &message, 1)
         }
-        if message.wants_answer() {
-            if incoming.misses.len() >= MAX_MISSES {
-                return Err(FrontendError::Protocol("more MISSes than it answers UPDATEs"));
-            }
-            incoming.misses.push_back((sent, before.1, message));
-        }
-        Ok(())
     }
 
-    /// Answers the MISSes whose UPDATEs have been answered.
-    fn answer_misses(&self, incoming: &mut Incoming) -> Result<(), FrontendError> {
+    /// Sends the answers that wait for none of the back end's, up to the first that does.
+    fn send_answers(&self, incoming: &mut Incoming) -> Result<(), FrontendError> {
         let (answered, refused) = {
             let state = self.link.state();
             (state.answered, state.counts.refused)
         };
-        while incoming.misses.front().is_some_and(|(sent, ..)| *sent <= answered) {
-            let Some((_, before, message)) = incoming.misses.pop_front() else { break };
-            self.answer_back(incoming, &message, u64::from(refused != before))?;
+        let due = |answer: &Answer| answer.after.is_none_or(|(sent, _)| sent <= answered);
+        while incoming.answers.front().is_some_and(due) {
+            let Some(Answer { message, after }) = incoming.answers.pop_front() else { break };
+            let failed = after.is_some_and(|(_, before)| refused != before);
+            let message = if failed { message.answer(1) } else { message };
+            let sent = incoming.to_back.send(&self.link.back, message);
+            sent.map_err(|error| FrontendError::Wire { end: "back end's channel", error })?;
         }
         Ok(())
     }
@@ -425,10 +431,23 @@ impl Frontend {
         message: &Message,
         value: u64,
     ) -> Result<(), FrontendError> {
+        self.answer_later(incoming, message, value, None)
+    }
+
+    fn answer_later(
+        &self,
+        incoming: &mut Incoming,
+        message: &Message,
+        value: u64,
+        after: Option<(u64, u64)>,
+    ) -> Result<(), FrontendError> {
         if !message.wants_answer() {
             return Ok(());
         }
-        let sent = incoming.to_back.send(&self.link.back, message.answer(value));
-        sent.map_err(|error| FrontendError::Wire { end: "back end's channel", error })
+        if incoming.answers.len() >= MAX_MISSES {
+            return Err(FrontendError::Protocol("more MISSes than it answers UPDATEs"));
+        }
+        incoming.answers.push_back(Answer { message: message.answer(value), after });
+        self.send_answers(incoming)
     }
 }
