@@ -93,7 +93,7 @@ pub(crate) const CASES: &[Case] = &[
     on_own_kernel(case("vdpa", Iommu::VIRTIO, consumers::vdpa::run, "our vhost-vDPA mirror on the guest's own simulators of a disk and a card")),
     case("replay", Iommu::VIRTIO, consumers::replay::type1, "a history replayed into the guest's own VFIO, beside the software container"),
     on_own_kernel(case("replay-own", Iommu::VIRTIO, consumers::replay::own, "the same into its own iommufd, and a simulator of vDPA")),
-    full(case("vhost-user-dpdk", Iommu::VIRTIO, dpdk::run, "our vhost-user front end, with DPDK's testpmd as the device: no guest")),
+    full(alone(case("vhost-user-dpdk", Iommu::VIRTIO, dpdk::run, "our vhost-user front end, with DPDK's testpmd as the device: no guest"))),
     case("vhost-net", Iommu::VIRTIO, consumers::vhost::net, "our vhost cache on the guest's own vhost-net, to a tap"),
     case("strict", Iommu::VIRTIO, io::run, IO),
     case("lazy", Iommu::VIRTIO_LAZY, io::run, IO),
