@@ -11,6 +11,17 @@
 
 pub mod backend;
 pub mod frontend;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+#[cfg_attr(
+    not(test),
+    expect(
+        clippy::arithmetic_side_effects,
+        clippy::indexing_slicing,
+        reason = "what it plays with is its own; a panic is what it is for"
+    )
+)]
+pub mod fuzzing;
 pub mod spec;
 mod wire;
 

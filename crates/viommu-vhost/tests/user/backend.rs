@@ -148,6 +148,19 @@ fn updates_that_overlap_replace_and_a_part_can_be_taken_back() {
 }
 
 #[test]
+fn invalidate_inside_an_entry_when_full_drops_all_entries() {
+    let mut options = BackendOptions::default();
+    options.entries = 1;
+    let mut setup = setup(options);
+    let first = user(&setup.memory, 0);
+    assert_eq!(setup.main.iotlb(&update(0x1000, 3 * PAGE, first, 3)), Some(0));
+    assert_eq!(setup.main.iotlb(&invalidate(0x2000, PAGE)), Some(0));
+    assert_eq!(setup.device.backend.entries(), 0);
+    setup.give(0x1000, 0, 3);
+    setup.device.end();
+}
+
+#[test]
 fn invalidate_is_answered_when_the_guard_has_ended() {
     let mut setup = setup(BackendOptions::default());
     setup.give(0x1000, 0x3000, 3);

@@ -197,7 +197,12 @@ impl Iotlb {
         // Entries are made of pages.
         let (first, last) = (range.start().0 & !(PAGE - 1), range.last().0 | (PAGE - 1));
         let range = IovaRange::new(Iova(first), Iova(last)).unwrap_or(range);
-        self.settle(self.domain.unmap(range).map_err(BackendError::step)?)?;
+        let done = match self.domain.unmap(range) {
+            // Full, and one entry would become two: all of it can be asked for again.
+            Err(StepError { kind: StepErrorKind::Cap(_), .. }) => self.domain.unmap(IovaRange::ALL),
+            outcome => outcome,
+        };
+        self.settle(done.map_err(BackendError::step)?)?;
         self.invalidates.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
