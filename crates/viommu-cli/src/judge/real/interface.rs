@@ -82,6 +82,8 @@ pub(super) enum Host {
         container: OwnedFd,
         /// It leaves the container when this is closed.
         _group: File,
+        /// Of the last mirror.
+        handle: Option<type1::Handle>,
     },
     Iommufd {
         binding: Box<dyn Binding>,
@@ -103,7 +105,7 @@ impl Host {
             Interface::Type1(group) => {
                 let group = file(&named_or_only("/dev/vfio", "", group.map(|number| number.to_string()))?)?;
                 let container = type1::container_of(&[group.as_fd()])?;
-                Self::Type1 { container, _group: group }
+                Self::Type1 { container, _group: group, handle: None }
             }
             Interface::Iommufd(device) => {
                 let failed = |what: &'static str| move |errno| format!("{what}: {errno}");
@@ -133,8 +135,10 @@ impl Host {
     /// The interface's.
     pub(super) fn mirror(&mut self, space: Space, memory: &Ram) -> Result<Box<dyn Mirror>, Error> {
         Ok(match self {
-            Self::Type1 { container, .. } => {
-                let (mirror, _) = type1::Container::open(container.try_clone()?)?.mirror(memory.clone());
+            Self::Type1 { container, handle, .. } => {
+                let container = type1::Container::open(container.try_clone()?)?;
+                let (mirror, new) = container.mirror(memory.clone());
+                *handle = Some(new);
                 Box::new(mirror)
             }
             Self::Iommufd { binding, .. } => binding.mirror_for(space, DEVICE)?,
@@ -161,6 +165,14 @@ impl Host {
             Self::Type1 { .. } | Self::Vdpa(_) | Self::VfioUser { .. } => {}
         }
         Ok(())
+    }
+
+    /// Mappings that it must have by what its mirror knows; none where [`Self::room`] says nothing.
+    pub(super) fn entries(&self) -> Option<u64> {
+        match self {
+            Self::Type1 { handle, .. } => Some(handle.as_ref().map_or(0, type1::Handle::entries)),
+            Self::Iommufd { .. } | Self::Vdpa(_) | Self::VfioUser { .. } => None,
+        }
     }
 
     /// Mappings that the host says it has room for; none where it does not say.

@@ -165,13 +165,10 @@ impl Reals {
 
 impl Real {
     fn miscounted(&self) -> Option<String> {
-        let (first, now) = (self.room?, self.host.room()?);
-        let held = self.now.as_ref().filter(|now| !now.subscription.is_fenced());
-        let held = held.map_or(0, |now| now.subscription.counts().held);
+        let (first, now, ours) = (self.room?, self.host.room()?, self.host.entries()?);
         let theirs = u64::from(first.saturating_sub(now));
         let interface = &self.interface;
-        // A mapping over two regions of memory would take two, but here is one region.
-        (theirs != held).then(|| format!("{interface} has {theirs} mappings by its own count, not {held}"))
+        (theirs != ours).then(|| format!("{interface} has {theirs} mappings by its own count, not {ours}"))
     }
 
     /// Goes to the domain, from wherever it is; an error says why it does not.
