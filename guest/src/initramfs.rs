@@ -11,7 +11,7 @@ use anyhow::{Context as _, ensure};
 use crate::{cpio::Archive, modules::Modules, setup::Kernel};
 
 /// Loaded by the scripts, each with what it depends on.
-const MODULES: [&str; 10] = [
+const MODULES: [&str; 11] = [
     "virtio_iommu",
     "virtio_blk",
     "virtio_rng",
@@ -21,6 +21,7 @@ const MODULES: [&str; 10] = [
     "vfio_pci",
     "virtio_pci",
     "vhost_net",
+    "vhost_vsock",
     "tun",
 ];
 

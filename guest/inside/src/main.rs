@@ -14,7 +14,7 @@ mod virtio;
 
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: inside probe BDF GROUP | rust-vmm BDF GROUP | load NAME DISK SEED THREADS BLOCKS WRITES SECONDS | time DISK BYTES COUNT | kexec KERNEL INITRAMFS WORDS | type1 BDF SEED | iommufd BDF SEED | vdpa SEED | vdpa-add KIND | vhost-net SEED STEPS";
+const USAGE: &str = "usage: inside probe BDF GROUP | rust-vmm BDF GROUP | load NAME DISK SEED THREADS BLOCKS WRITES SECONDS | time DISK BYTES COUNT | kexec KERNEL INITRAMFS WORDS | type1 BDF SEED | iommufd BDF SEED | vdpa SEED | vdpa-add KIND | vhost-net SEED STEPS | vhost-vsock SEED STEPS";
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         ["vdpa", seed] => vdpa::run(seed),
         ["iommufd", bdf, seed] => iommufd::run(bdf, seed),
         ["vhost-net", seed, steps] => vhost::run(seed, steps),
+        ["vhost-vsock", seed, steps] => vhost::vsock::run(seed, steps),
         ["kexec", kernel, initramfs, words] => kexec::run(kernel, initramfs, words),
         _ => Err(USAGE.into()),
     };

@@ -95,6 +95,7 @@ pub(crate) const CASES: &[Case] = &[
     on_own_kernel(case("replay-own", Iommu::VIRTIO, consumers::replay::own, "the same into its own iommufd, and a simulator of vDPA")),
     full(alone(case("vhost-user-dpdk", Iommu::VIRTIO, dpdk::run, "our vhost-user front end, with DPDK's testpmd as the device: no guest"))),
     case("vhost-net", Iommu::VIRTIO, consumers::vhost::net, "our vhost cache on the guest's own vhost-net, to a tap"),
+    case("vhost-vsock", Iommu::VIRTIO, consumers::vhost::vsock, "our vhost cache on the guest's own vhost-vsock"),
     case("strict", Iommu::VIRTIO, io::run, IO),
     case("lazy", Iommu::VIRTIO_LAZY, io::run, IO),
     case("vtd-io", Iommu::VTD, io::run, IO),

@@ -2,6 +2,7 @@
 
 mod steps;
 mod sys;
+pub(crate) mod vsock;
 mod world;
 
 use std::{
@@ -12,7 +13,7 @@ use std::{
 use viommu::{Access, subscribe::FenceFailed};
 use viommu_vhost::kernel::{Counts, Device, Writes, fence};
 
-use sys::VhostNet;
+use sys::Vhost;
 use world::{Body, Outcome, Packet, World, over, page, pages};
 
 /// How long something is waited for that must come, and that must not.
@@ -167,7 +168,7 @@ fn audit(world: &World) -> Outcome<()> {
 type Action = Box<dyn FnMut() -> Result<(), FenceFailed> + Send>;
 
 /// A device that is not told of a removal in time is cut off: its ring stands still, whatever is mapped.
-fn fenced(name: &str, action: impl FnOnce(&VhostNet) -> Outcome<Action>) -> Outcome<()> {
+fn fenced(name: &str, action: impl FnOnce(&Vhost) -> Outcome<Action>) -> Outcome<()> {
     let mut world = World::new(name, |device, vhost| {
         Ok::<Device, _>(device.writes(Writes::ByWorker).fence(action(vhost)?))
     })?;

@@ -162,13 +162,13 @@ impl Guest {
 }
 
 /// A thread that serves the device, until it is told to end.
-struct Worker {
+pub(super) struct Worker {
     end: Arc<AtomicBool>,
     wake: Arc<OwnedFd>,
     thread: thread::JoinHandle<Result<(), String>>,
 }
 
-fn wake(fd: &OwnedFd) {
+pub(super) fn wake(fd: &OwnedFd) {
     if let Ok(fd) = fd.try_clone() {
         // Full is as good as awake.
         let _ = std::fs::File::from(fd).write(&1_u64.to_ne_bytes());
@@ -176,7 +176,12 @@ fn wake(fd: &OwnedFd) {
 }
 
 impl Worker {
-    fn start(handle: Handle, subscription: Arc<Subscription>, vhost: OwnedFd, wake: Arc<OwnedFd>) -> Self {
+    pub(super) fn start(
+        handle: Handle,
+        subscription: Arc<Subscription>,
+        vhost: OwnedFd,
+        wake: Arc<OwnedFd>,
+    ) -> Self {
         let end = Arc::new(AtomicBool::new(false));
         let (ended, woken) = (end.clone(), wake.clone());
         let thread = thread::spawn(move || {
@@ -195,7 +200,7 @@ impl Worker {
         Self { end, wake, thread }
     }
 
-    fn end(self) -> Outcome<()> {
+    pub(super) fn end(self) -> Outcome<()> {
         self.end.store(true, Ordering::Relaxed);
         wake(&self.wake);
         Ok(self.thread.join().map_err(|_| "the worker has panicked")??)

@@ -1,4 +1,4 @@
-//! vhost-net, a tap, and what arrives behind it, by their calls.
+//! vhost-net and vhost-vsock, a tap, and what arrives behind it, by their calls.
 
 use std::{
     fs::{File, OpenOptions},
@@ -7,9 +7,13 @@ use std::{
 };
 
 /// Features: VHOST_NET_F_VIRTIO_NET_HDR (the device takes off the header), VERSION_1, ACCESS_PLATFORM.
-pub(super) const FEATURES: u64 = 1 << 27 | 1 << 32 | 1 << 33;
+pub(super) const FEATURES: u64 = 1 << 27 | VSOCK_FEATURES;
 
-/// The ring that sends.
+/// VERSION_1, ACCESS_PLATFORM.
+pub(super) const VSOCK_FEATURES: u64 = 1 << 32 | 1 << 33;
+
+/// The rings that receive and send, as their driver sees them.
+pub(super) const RX: u32 = 0;
 pub(super) const TX: u32 = 1;
 
 /// A type of frames that nothing else sends: IEEE 802's for experiments.
@@ -23,6 +27,8 @@ const SET_VRING_ADDR: u64 = 0x4028_af11;
 const SET_VRING_BASE: u64 = 0x4008_af12;
 const SET_VRING_KICK: u64 = 0x4008_af20;
 const NET_SET_BACKEND: u64 = 0x4008_af30;
+const VSOCK_SET_GUEST_CID: u64 = 0x4008_af60;
+const VSOCK_SET_RUNNING: u64 = 0x4004_af61;
 const TUNSETIFF: u64 = 0x4004_54ca;
 
 /// `struct vhost_vring_state`, and `struct vhost_vring_file` with a descriptor for the number.
@@ -66,13 +72,13 @@ fn ioctl<T>(file: &impl AsRawFd, request: u64, argument: &T, call: &str) -> io::
     Ok(())
 }
 
-/// A vhost-net device.
+/// A vhost device.
 #[derive(Debug)]
-pub(super) struct VhostNet(pub(super) File);
+pub(super) struct Vhost(pub(super) File);
 
-impl VhostNet {
-    pub(super) fn open() -> io::Result<Self> {
-        let file = OpenOptions::new().read(true).write(true).open("/dev/vhost-net")?;
+impl Vhost {
+    pub(super) fn open(path: &str) -> io::Result<Self> {
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
         ioctl(&file, SET_OWNER, &0_u64, "VHOST_SET_OWNER")?;
         Ok(Self(file))
     }
@@ -86,13 +92,18 @@ impl VhostNet {
         ioctl(&self.0, SET_MEM_TABLE, &memory, "VHOST_SET_MEM_TABLE")
     }
 
-    pub(super) fn set_features(&self) -> io::Result<()> {
-        ioctl(&self.0, SET_FEATURES, &FEATURES, "VHOST_SET_FEATURES")
+    pub(super) fn set_features(&self, features: u64) -> io::Result<()> {
+        ioctl(&self.0, SET_FEATURES, &features, "VHOST_SET_FEATURES")
     }
 
-    /// The ring that sends: its size, the device's addresses of its parts, and what kicks it.
-    pub(super) fn set_ring(&self, size: u16, addresses: [u64; 3], kick: &OwnedFd) -> io::Result<()> {
-        let index = TX;
+    /// A ring: its size, the device's addresses of its parts, and what kicks it.
+    pub(super) fn set_ring(
+        &self,
+        index: u32,
+        size: u16,
+        addresses: [u64; 3],
+        kick: &OwnedFd,
+    ) -> io::Result<()> {
         ioctl(&self.0, SET_VRING_NUM, &Ring { index, value: size.into() }, "VHOST_SET_VRING_NUM")?;
         ioctl(&self.0, SET_VRING_BASE, &Ring { index, value: 0 }, "VHOST_SET_VRING_BASE")?;
         let [descriptors, available, used] = addresses;
@@ -110,6 +121,15 @@ impl VhostNet {
     /// Whether the ring still has a back-end: taking one of no descriptor away fails on one whose owner is gone.
     pub(super) fn unset_backend(&self) -> io::Result<()> {
         ioctl(&self.0, NET_SET_BACKEND, &Ring { index: TX, value: -1 }, "VHOST_NET_SET_BACKEND of none")
+    }
+
+    /// The address that a vhost-vsock's guest has.
+    pub(super) fn set_guest_cid(&self, cid: u64) -> io::Result<()> {
+        ioctl(&self.0, VSOCK_SET_GUEST_CID, &cid, "VHOST_VSOCK_SET_GUEST_CID")
+    }
+
+    pub(super) fn set_running(&self, running: bool) -> io::Result<()> {
+        ioctl(&self.0, VSOCK_SET_RUNNING, &i32::from(running), "VHOST_VSOCK_SET_RUNNING")
     }
 }
 

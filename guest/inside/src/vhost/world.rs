@@ -15,7 +15,7 @@ use viommu::{
 use viommu_vhost::kernel::{Device, Handle, Protocol};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 
-use super::sys::{ETHERTYPE, Tap, VhostNet, event, wait};
+use super::sys::{ETHERTYPE, FEATURES, TX, Tap, Vhost, event, wait};
 
 pub(super) type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -110,7 +110,7 @@ pub(super) struct World {
     pub(super) handle: Handle,
     /// Shared with whoever serves the device.
     pub(super) subscription: Arc<Subscription>,
-    pub(super) vhost: VhostNet,
+    pub(super) vhost: Vhost,
     pub(super) tap: Tap,
     kick: OwnedFd,
     /// Packets that were put into the ring.
@@ -121,10 +121,7 @@ pub(super) struct World {
 
 impl World {
     /// With the ring's pages mapped and nothing else, and the device running.
-    pub(super) fn new(
-        tap: &str,
-        settings: impl FnOnce(Device, &VhostNet) -> Outcome<Device>,
-    ) -> Outcome<Self> {
+    pub(super) fn new(tap: &str, settings: impl FnOnce(Device, &Vhost) -> Outcome<Device>) -> Outcome<Self> {
         let bytes = usize::try_from(REGION * PAGE)?;
         let regions = [(GuestAddress(0), bytes), (GuestAddress(REGION * PAGE), bytes)];
         let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&regions)?);
@@ -134,7 +131,7 @@ impl World {
         let endpoint = iommu.add_endpoint(8, EndpointConfig::default())?;
         over(endpoint.attach(1)?)?;
 
-        let vhost = VhostNet::open()?;
+        let vhost = Vhost::open("/dev/vhost-net")?;
         let host =
             |gpa: u64| Ok::<u64, Box<dyn Error>>(memory.get_host_address(GuestAddress(gpa))?.addr() as u64);
         let size = REGION * PAGE;
@@ -150,7 +147,7 @@ impl World {
         if handle.start().map_err(|error| error.raw_os_error()) != Err(Some(libc::EFAULT)) {
             return Err("a device without an IOTLB takes an INVALIDATE".into());
         }
-        vhost.set_features()?;
+        vhost.set_features(FEATURES)?;
         handle.start()?;
 
         let kick = event()?;
@@ -158,7 +155,7 @@ impl World {
             over(domain.map(page(at, memory, Access::RW)?)?)?;
         }
         let addresses = [DESCRIPTORS, AVAILABLE, USED].map(|(_, at)| at * PAGE);
-        vhost.set_ring(SLOTS * 2, addresses, &kick)?;
+        vhost.set_ring(TX, SLOTS * 2, addresses, &kick)?;
         let tap = Tap::new(tap)?;
         // The kernel writes to the used ring when it gets its back-end, and waits for nobody then.
         if vhost.set_backend(&tap.file).is_ok() {
