@@ -144,6 +144,16 @@ impl Server {
         Ok(())
     }
 
+    /// Stops its process, which hangs then.
+    ///
+    /// # Errors
+    ///
+    /// If it was not running.
+    pub(crate) fn hang(&mut self) -> anyhow::Result<()> {
+        self.ensure_alive()?;
+        Ok(rustix::process::kill_process(Pid::from_child(&self.child), Signal::STOP)?)
+    }
+
     /// Kills it in the midst of whatever it does.
     ///
     /// # Errors

@@ -73,6 +73,7 @@ const PROXY: &str = "devices of another process, which reaches what the guest ma
 const PROXY_KILLED: &str =
     "the process of a device is killed amid writes: others go on, and it is plugged anew";
 const PROXY_RUST_VMM: &str = "a device of a vfio-user server that is not ours";
+const PROXY_HUNG: &str = "the same, and it hangs: the guest stands still until it ends";
 const HOTPLUG: &str = "a device comes, is removed, and is found again";
 const REBOOT: &str = "a reboot and a kexec: no mapping survives";
 
@@ -105,6 +106,8 @@ pub(crate) const CASES: &[Case] = &[
     case("proxy", Iommu::VIRTIO, proxy::run, PROXY),
     case("vtd-proxy", Iommu::VTD, proxy::run, PROXY),
     on_one_kernel(case("proxy-killed", Iommu::VIRTIO, proxy_killed::run, PROXY_KILLED)),
+    on_one_kernel(case("proxy-hung", Iommu::VIRTIO, proxy_killed::hung, PROXY_HUNG)),
+    full(case("vtd-proxy-hung", Iommu::VTD, proxy_killed::hung, PROXY_HUNG)),
     full(case("vtd-proxy-killed", Iommu::VTD, proxy_killed::run, PROXY_KILLED)),
     on_one_kernel(case("proxy-rust-vmm", Iommu::VIRTIO, rust_vmm::run, PROXY_RUST_VMM)),
     full(case("vtd-proxy-rust-vmm", Iommu::VTD, rust_vmm::run, PROXY_RUST_VMM)),

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -70,7 +71,7 @@ impl IommuDevice {
         for _ in 0..ROUNDS {
             match requests.process() {
                 Ok(more) => {
-                    if !answered(requests, signal) {
+                    if !answered(requests, signal, &self.again) {
                         return;
                     }
                     if !more {
@@ -99,13 +100,26 @@ impl IommuDevice {
     }
 }
 
-/// Waits until all requests are given back: devices hold them up for a batch each. Gives whether the queue is whole.
-fn answered(requests: &mut RequestQueue<Windows>, signal: &QueueSignal) -> bool {
+/// Waits until all requests are given back: devices hold them up for a batch each. Gives whether there can be more: not
+/// where a device could not be fenced. Nobody knows when that ends, so `again` is raised then.
+fn answered(requests: &mut RequestQueue<Windows>, signal: &QueueSignal, again: &Arc<OwnedFd>) -> bool {
     while requests.pending() > 0 {
         match requests.wait(Duration::from_secs(1)) {
             Ok(()) => {}
             Err(PendingError::Wait(viommu::WaitError::TimedOut(blockers))) => {
                 tracing::warn!("an UNMAP is held up: {blockers:?}");
+            }
+            Err(PendingError::Wait(viommu::WaitError::FenceFailed)) => {
+                let waker = Waker::from(Arc::new(Raise(again.clone())));
+                match requests.poll(&mut Context::from_waker(&waker)) {
+                    Poll::Pending => return false,
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(error)) => {
+                        tracing::error!("the request queue: {error}");
+                        signal.needs_reset();
+                        return false;
+                    }
+                }
             }
             Err(error) => {
                 tracing::error!("the request queue: {error}");
@@ -115,6 +129,15 @@ fn answered(requests: &mut RequestQueue<Windows>, signal: &QueueSignal) -> bool 
         }
     }
     true
+}
+
+/// Has the server's thread look again.
+struct Raise(Arc<OwnedFd>);
+
+impl Wake for Raise {
+    fn wake(self: Arc<Self>) {
+        raise(&self.0);
+    }
 }
 
 fn raise(event: &OwnedFd) {

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -109,6 +110,13 @@ impl VtdFunction {
                 Err(WaitError::TimedOut(blockers)) => {
                     tracing::warn!("an invalidation is held up: {blockers:?}");
                 }
+                // A device could not be fenced. Nobody knows when that ends: it is looked at again then.
+                Err(WaitError::FenceFailed) => {
+                    let waker = Waker::from(self.due.clone());
+                    if self.vtd.poll(&mut Context::from_waker(&waker)).is_pending() {
+                        break;
+                    }
+                }
                 Err(error) => {
                     tracing::error!("the VT-d unit: {error}");
                     break;
@@ -144,6 +152,12 @@ impl VtdFunction {
 fn raise(event: &OwnedFd) {
     // One that is full wakes too.
     let _full = rustix::io::write(event, &1_u64.to_ne_bytes());
+}
+
+impl Wake for Due {
+    fn wake(self: Arc<Self>) {
+        raise(&self.event);
+    }
 }
 
 impl Function for VtdFunction {
