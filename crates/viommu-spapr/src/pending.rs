@@ -43,8 +43,8 @@ impl<T> Pending<T> {
     /// Blocks until the guest may be answered: for the thread of the virtual CPU.
     ///
     /// # Errors
-    /// [`WaitError::HoldingGuard`] and [`WaitError::InCallback`] at once; [`WaitError::FenceFailed`]: never, the virtual
-    /// machine must be stopped.
+    /// [`WaitError::HoldingGuard`] and [`WaitError::InCallback`] at once; [`WaitError::FenceFailed`]: the virtual
+    /// machine must be stopped, and this call not be answered.
     pub fn wait(self) -> Result<T, WaitError> {
         self.completion.wait()?;
         Ok(self.answer)

@@ -239,7 +239,7 @@ impl DomainInner {
                     return Err(kind);
                 }
                 // The removals of this step are still ahead: a fenced mirror needs none of them. If the fence fails the
-                // step never completes, but all others lose what is removed.
+                // step waits for one that holds, but all others lose what is removed.
                 self.fence_seat(seat, &kind.to_string(), done);
             }
         }

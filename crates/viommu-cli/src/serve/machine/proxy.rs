@@ -21,8 +21,9 @@ use viommu_virtio::viot::Bdf;
 use super::unit::{self, Unit};
 use crate::serve::hush::Hush;
 
-/// How long the device may take for a reply. Less than QEMU gives us for ours.
-const LIMIT: Duration = Duration::from_secs(3);
+/// How long the device may take for a reply, and as long again to be cut off: together less than the 5 s that QEMU gives us
+/// for ours.
+const LIMIT: Duration = Duration::from_secs(2);
 /// Configuration space of a function without any.
 const CONFIG: u64 = 256;
 
